@@ -1,0 +1,1 @@
+"""Facts, the decode plan, measurements and their provenance. Knows no price."""

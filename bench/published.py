@@ -1,0 +1,343 @@
+"""Published kernel measurements: what vLLM, SGLang and TensorRT-LLM reach on a GPU, op by op.
+
+``PublishedData.time(op, gpu, stack)`` answers with a time and where it is from: ``measured`` (the
+exact row), ``interpolated`` (between rows), or ``modelled`` (beyond the last row, borrowed from the
+nearest shape, or the roofline at a stated efficiency). Never a silent guess.
+
+Source: ``aiconfigurator-core`` (NVIDIA, Apache-2.0), Parquet under ``systems/data/<system>/<family>/
+<stack>/<version>/``. The installed wheel is the default; any folder with the same tree will do. A
+table missing from the asked version is served by its ``reuse.yaml`` or by the newest older version
+that has the row, and the answer names the version used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from packaging.version import InvalidVersion, Version
+
+from .gpus import Gpu
+from .interpolation import Grid, look_up
+from .ops import AttentionModule, Collective, ExpertAllToAll, Op
+from .published_tables import KV_LENGTH, Query, Table, queries
+
+STACKS = ("vllm", "sglang", "trtllm")
+MEASURED, INTERPOLATED, MODELLED = PROVENANCES = ("measured", "interpolated", "modelled")
+
+MODEL_EFFICIENCY = 0.8
+MODEL_OVERHEAD_S = 3e-6
+MODEL_LINK_OVERHEAD_S = 10e-6
+"""The model where no table answers: floor / efficiency + overhead (per kernel, or per collective).
+Source: ``aiconfigurator-core`` ``systems/*.yaml`` (``mem_bw_empirical_scaling_factor``,
+``mem_empirical_constant_latency``, ``p2p_latency``), its own unofficial corrections."""
+
+INSTALL_HINT = "pip install 'aiconfigurator-core>=0.12,<0.13', or --published-data DIR for a checkout's tree"
+
+
+class PublishedDataError(ValueError):
+    """The published tables are missing, truncated or not what they should be."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A time and where it is from. ``source``: stack, version, table, kernel, and what was done."""
+
+    time_s: float
+    provenance: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A serving stack at a version: ``vllm`` (the current one) or ``vllm@0.19.0``."""
+
+    name: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+
+def model_timing(op: Op, gpu: Gpu, why: str) -> Timing:
+    """The roofline at the stated efficiency, for an op no table answers."""
+    kernels = len(op.parts) if isinstance(op, AttentionModule) else 1
+    overhead = MODEL_LINK_OVERHEAD_S if isinstance(op, Collective | ExpertAllToAll) else MODEL_OVERHEAD_S
+    time_s = op.floor_s(gpu) / MODEL_EFFICIENCY + kernels * overhead
+    made = f"roofline / {MODEL_EFFICIENCY:g} + {kernels * overhead * 1e6:g} us"
+    return Timing(time_s, MODELLED, f"{made} ({why})")
+
+
+class _Rows:
+    """One Parquet file's rows, grouped by key; grids are built when first asked for."""
+
+    def __init__(self, path: Path, table: Table) -> None:
+        self.path, self.table = path, table
+        self._grids: dict[tuple[Any, ...], Grid] = {}
+        self._load()
+
+    def _load(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = self.table
+        keys = [*table.exact, *table.near]
+        axes = [column for axis in table.axes for column in (("isl", "step") if axis == KV_LENGTH else (axis,))]
+        wanted = list(dict.fromkeys([*keys, *axes, "kernel_source", table.latency]))
+        try:
+            with pq.ParquetFile(self.path) as file:
+                missing = sorted(set(wanted) - set(file.schema_arrow.names))
+                if missing:
+                    raise PublishedDataError(f"{self.path}: expected column {missing[0]!r}; not in this Parquet file")
+                self._index(file.read(columns=wanted), keys)
+        except (pa.ArrowException, OSError, BufferError) as error:
+            reason = str(error).splitlines()[0]
+            raise PublishedDataError(f"{self.path}: expected a whole Parquet file of {table.name} rows; {reason}") from None
+
+    def _index(self, data: Any, keys: list[str]) -> None:
+        table = self.table
+        time_s = _numbers(data[table.latency].combine_chunks()).astype(np.float64) * table.unit_s
+        absurd = int(np.count_nonzero(~(np.isfinite(time_s) & (time_s > 0))))
+        if absurd or not len(time_s):
+            got = f"{absurd} rows that are not" if absurd else "no rows"
+            raise PublishedDataError(f"{self.path}: expected positive {table.latency}; got {got}")
+        code = np.zeros(len(time_s), dtype=np.int64)
+        self._codes: list[dict[Any, int]] = []
+        for column in keys:
+            encoded = data[column].combine_chunks().dictionary_encode()
+            values = encoded.dictionary.to_pylist()
+            code = code * len(values) + _numbers(encoded.indices)
+            self._codes.append({value: index for index, value in enumerate(values)})
+        kernels = data["kernel_source"].combine_chunks().dictionary_encode()
+        self.kernel_names: list[str] = kernels.dictionary.to_pylist()
+        order = np.argsort(code, kind="stable")
+        self._code = code[order]
+        self._time_s, self._kernel = time_s[order], _numbers(kernels.indices)[order]
+        self._axes = [self._axis(data, axis)[order] for axis in table.axes]
+
+    @staticmethod
+    def _axis(data: Any, axis: str) -> np.ndarray:
+        if axis == KV_LENGTH:
+            return _numbers(data["isl"].combine_chunks()) + _numbers(data["step"].combine_chunks())
+        return _numbers(data[axis].combine_chunks())
+
+    def grid(self, key: tuple[Any, ...]) -> Grid | None:
+        """The rows of ``key`` (exact, then near columns), None without any."""
+        if key in self._grids:
+            return self._grids[key]
+        code = 0
+        for value, codes in zip(key, self._codes, strict=True):
+            if value not in codes:
+                return None
+            code = code * len(codes) + codes[value]
+        rows = slice(*np.searchsorted(self._code, [code, code + 1]))
+        if rows.start == rows.stop:
+            return None
+        grid = Grid.from_rows([axis[rows] for axis in self._axes], self._time_s[rows], self._kernel[rows])
+        self._grids[key] = grid
+        return grid
+
+    @cached_property
+    def keys(self) -> list[tuple[Any, ...]]:
+        """Every key that has rows."""
+        values = [list(codes) for codes in self._codes]
+        found = []
+        for code in np.unique(self._code):
+            key, rest = [], int(code)
+            for column in reversed(values):
+                rest, index = divmod(rest, len(column))
+                key.append(column[index])
+            found.append(tuple(reversed(key)))
+        return found
+
+
+def _numbers(column: Any) -> np.ndarray:
+    """An Arrow array as NumPy. Not ``to_numpy``: it imports pandas, 0.3 s."""
+    return np.from_dlpack(column)
+
+
+class PublishedData:
+    """The published tables of one tree."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        """``root``: a folder with ``query_versions.yaml`` and ``data/``, or one that holds such; None for the wheel.
+
+        Raises:
+            PublishedDataError: no such tree, or the package is not installed.
+        """
+        self.root = _wheel_systems() if root is None else _find_systems(root)
+        self._rows: dict[tuple[Path, str], _Rows] = {}
+        self._candidates: dict[tuple[str, Stack, str], list[tuple[str, Path]]] = {}
+        self._answers: dict[tuple[Op, str, Stack], Timing] = {}
+
+    # -- versions ------------------------------------------------------------------------------
+
+    @cached_property
+    def _query_versions(self) -> dict[str, Any]:
+        return _read_yaml(self.root / "query_versions.yaml")
+
+    def stack(self, gpu: Gpu, spec: str) -> Stack:
+        """``"vllm"`` or ``"vllm@0.19.0"`` on this GPU.
+
+        Raises:
+            ValueError: unknown stack; a GPU without published tables; a version without any.
+        """
+        name, _, version = spec.partition("@")
+        if name not in STACKS:
+            raise ValueError(f"stack: expected one of {', '.join(STACKS)}, or STACK@VERSION; got {spec!r}")
+        system = gpu.published_system
+        if system is None or not (self.root / "data" / system).is_dir():
+            raise PublishedDataError(f"gpu: no published measurements for {gpu.name}")
+        if not version:
+            slots = {**self._query_versions.get("defaults", {}), **self._query_versions.get("overrides", {}).get(system, {})}
+            if name not in slots:
+                raise PublishedDataError(f"stack: {self.root / 'query_versions.yaml'} names no {name} version for {system}")
+            return Stack(name, str(slots[name]["current"]))
+        known = self.versions(gpu, name)
+        if version not in known:
+            raise ValueError(f"stack: expected {name} at one of {', '.join(known)} on {gpu.name}; got {version!r}")
+        return Stack(name, version)
+
+    def versions(self, gpu: Gpu, name: str) -> list[str]:
+        """Versions of a stack with any table for this GPU, newest first."""
+        folders = (self.root / "data" / str(gpu.published_system)).glob(f"*/{name}/*/")
+        return _newest_first({folder.name for folder in folders})
+
+    def _files(self, gpu: Gpu, stack: Stack, table: Table) -> list[tuple[str, Path]]:
+        """(version, file) that may answer, best first: the asked version, what it reuses, then older ones."""
+        key = (gpu.name, stack, table.file)
+        if key not in self._candidates:
+            self._candidates[key] = list(self._find_files(gpu, stack, table))
+        return self._candidates[key]
+
+    def _find_files(self, gpu: Gpu, stack: Stack, table: Table) -> Iterator[tuple[str, Path]]:
+        is_nccl = table.file == "nccl_perf"
+        base = self.root / "data" / str(gpu.published_system) / table.family / ("nccl" if is_nccl else stack.name)
+        versions = _newest_first({folder.parent.name for folder in base.glob(f"*/{table.file}.parquet")})
+        if not is_nccl:
+            reuse = base / stack.version / "reuse.yaml"
+            donors = _read_yaml(reuse).get("reuse", []) if reuse.is_file() else []
+            first = [str(row["from_version"]) for row in donors if row["table"] == table.file]
+            older = [version for version in versions if _version(version) <= _version(stack.version)]
+            versions = list(dict.fromkeys([*(v for v in older if v == stack.version), *first, *older]))
+        for version in versions:
+            path = base / version / f"{table.file}.parquet"
+            if path.is_file():
+                yield version, path
+
+    def rows(self, path: Path, table: Table) -> _Rows:
+        key = (path, table.latency)
+        if key not in self._rows:
+            self._rows[key] = _Rows(path, table)
+        return self._rows[key]
+
+    # -- answers ---------------------------------------------------------------------------------
+
+    def has_table(self, gpu: Gpu, stack: Stack, table: Table) -> bool:
+        """Whether any version up to the stack's has this table for the GPU."""
+        return bool(self._files(gpu, stack, table))
+
+    def time(self, op: Op, gpu: Gpu, stack: Stack) -> Timing:
+        """The time of one call of ``op`` in ``stack`` on ``gpu``, with its provenance."""
+        key = (op, gpu.name, stack)
+        if key not in self._answers:
+            self._answers[key] = self._time(op, gpu, stack)
+        return self._answers[key]
+
+    def _time(self, op: Op, gpu: Gpu, stack: Stack) -> Timing:
+        asked = queries(op, gpu, stack.name)
+        best: Timing | None = None
+        for query in asked:
+            answer = self._from_tables(query, gpu, stack)
+            if answer is not None and answer.provenance != MODELLED:
+                return answer
+            best = best or answer
+        for query in asked if best is None else ():
+            best = best or self._borrowed(query, op, gpu, stack)
+        return best or model_timing(op, gpu, f"no published {op.kind} row")
+
+    def _from_tables(self, query: Query, gpu: Gpu, stack: Stack) -> Timing | None:
+        """The answer of the first version that has rows of this very shape."""
+        for version, path in self._files(gpu, stack, query.table):
+            rows = self.rows(path, query.table)
+            grid = rows.grid((*query.exact, *query.near))
+            if grid is None:
+                continue
+            found = look_up(grid, query.axes, lambda axes: query.at(query.near, axes).floor_s(gpu), query.table.axes)
+            provenance = {"exact": MEASURED, "between": INTERPOLATED, "beyond": MODELLED}[found.how]
+            source = f"{_stack_name(query.table, stack)} {version} {query.table.name}: {rows.kernel_names[found.kernel]}"
+            timing = Timing(found.time_s, provenance, f"{source} ({found.note})" if found.note else source)
+            if query.plus is None:
+                return timing
+            more = self._from_tables(query.plus, gpu, stack)
+            if more is None:
+                return None
+            weaker = max(timing.provenance, more.provenance, key=PROVENANCES.index)
+            return Timing(timing.time_s + more.time_s, weaker, f"{timing.source} + {query.plus.exact[0]}")
+        return None
+
+    def _borrowed(self, query: Query, op: Op, gpu: Gpu, stack: Stack) -> Timing | None:
+        """The roofline at the efficiency of the nearest published shape; None where there is none."""
+        if not query.near or query.plus is not None or isinstance(op, AttentionModule):
+            return None
+        fixed = len(query.exact)
+        for version, path in self._files(gpu, stack, query.table):
+            rows = self.rows(path, query.table)
+            shapes = [key[fixed:] for key in rows.keys if key[:fixed] == query.exact]
+            if not shapes:
+                continue
+            logs = np.abs(np.log(np.array(shapes, dtype=float) / np.array(query.near, dtype=float))).sum(axis=1)
+            near = shapes[int(np.argmin(logs))]
+            grid = rows.grid((*query.exact, *near))
+            assert grid is not None
+            found = look_up(grid, query.axes, lambda axes: query.at(near, axes).floor_s(gpu), query.table.axes)
+            time_s = found.time_s * op.floor_s(gpu) / query.at(near, query.axes).floor_s(gpu)
+            shape = ", ".join(f"{name}={value}" for name, value in zip(query.table.near, near, strict=True))
+            source = f"{_stack_name(query.table, stack)} {version} {query.table.name}"
+            return Timing(time_s, MODELLED, f"roofline at the efficiency of {source} at {shape}")
+        return None
+
+
+def _stack_name(table: Table, stack: Stack) -> str:
+    return "nccl" if table.file == "nccl_perf" else stack.name
+
+
+def _version(text: str) -> Version:
+    try:
+        return Version(text)
+    except InvalidVersion:
+        raise PublishedDataError(f"version: expected one like 0.24.0; got {text!r}") from None
+
+
+def _newest_first(versions: set[str]) -> list[str]:
+    return sorted(versions, key=_version, reverse=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, yaml.YAMLError) as error:
+        raise PublishedDataError(f"{path}: expected readable YAML; {str(error).splitlines()[0]}") from None
+    if not isinstance(data, dict):
+        raise PublishedDataError(f"{path}: expected a YAML mapping; got {type(data).__name__}")
+    return data
+
+
+def _wheel_systems() -> Path:
+    spec = importlib.util.find_spec("aiconfigurator_core")
+    if spec is None or spec.origin is None:
+        raise PublishedDataError(f"published data: aiconfigurator-core is not installed; {INSTALL_HINT}")
+    return _find_systems(Path(spec.origin).parent)
+
+
+def _find_systems(root: Path) -> Path:
+    for inner in (".", "systems", "aiconfigurator_core/systems", "aic-core/src/aiconfigurator_core/systems"):
+        if (root / inner / "query_versions.yaml").is_file() and (root / inner / "data").is_dir():
+            return (root / inner).resolve()
+    raise PublishedDataError(f"published data: expected a folder with query_versions.yaml and data/; got {root}")

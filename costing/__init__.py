@@ -1,0 +1,1 @@
+"""Prices, costs and reports. Never imports torch or triton."""

@@ -1,0 +1,165 @@
+"""Many deployments priced at once: GPUs x stacks x parallelisms x batches, and the best of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from ..bench.deployment import Deployment, Precision, check_divides, check_precision
+from ..bench.gpus import Gpu
+from ..bench.memory import largest_batch
+from ..bench.model_config import ModelConfig
+from ..bench.published import PublishedData
+from ..bench.step_time import published_step
+from .cost import StepCost
+from .prices import Price
+
+DEFAULT_PARALLEL = (
+    "tp1", "tp2", "tp4", "tp8", "tp4-ep4", "tp8-ep8", "dp2-ep2", "dp4-ep4", "dp8-ep8", "dp16-ep16", "dp32-ep32",
+)  # fmt: skip
+DEFAULT_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+DEFAULT_STACKS = ("vllm", "sglang", "trtllm")
+DEFAULT_GPUS = ("h100", "h200", "b200", "b300", "gb200", "gb300")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Attention TP x DP over the GPUs, experts spread ``expert_parallel`` ways and split by the rest."""
+
+    attention_tp: int = 1
+    attention_dp: int = 1
+    expert_parallel: int = 1
+
+    @property
+    def gpus(self) -> int:
+        return self.attention_tp * self.attention_dp
+
+    @classmethod
+    def parse(cls, text: str) -> Parallel:
+        """``"tp8"``, ``"tp8-ep8"``, ``"dp8-ep8"``, ``"tp2-dp4-ep8"``: what is not named is 1.
+
+        Raises:
+            ValueError: not of that form, or experts spread wider than the GPUs.
+        """
+        fields = {"tp": "attention_tp", "dp": "attention_dp", "ep": "expert_parallel"}
+        values: dict[str, int] = {}
+        for part in text.lower().split("-"):
+            match = re.fullmatch(r"(tp|dp|ep)([1-9]\d{0,3})", part)
+            if match is None or fields[match[1]] in values:
+                raise ValueError(f"parallel: expected a form like tp8, dp8-ep8 or tp2-dp4-ep8; got {text!r}")
+            values[fields[match[1]]] = int(match[2])
+        parallel = cls(**values)
+        if parallel.gpus % parallel.expert_parallel:
+            raise ValueError(f"parallel: expected ep to divide the {parallel.gpus} GPUs of {text!r}")
+        return parallel
+
+    def __str__(self) -> str:
+        parts = [("tp", self.attention_tp), ("dp", self.attention_dp), ("ep", self.expert_parallel)]
+        return "-".join(f"{name}{value}" for name, value in parts if value > 1) or "tp1"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Points that cannot be, and why."""
+
+    gpu: str
+    stack: str
+    parallel: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What to price. ``batches``: sequences per GPU; None for powers of two up to what fits."""
+
+    model: ModelConfig
+    gpus: Sequence[Gpu]
+    stacks: Sequence[str]
+    parallels: Sequence[Parallel]
+    precision: Precision
+    context: int
+    batches: Sequence[float] | None = None
+    tokens_per_step: int = 1
+    kept_tokens_per_step: float = 1.0
+    load: str = "balanced"
+
+    def __len__(self) -> int:
+        return len(self.gpus) * len(self.stacks) * len(self.parallels)
+
+    def deployment(self, parallel: Parallel, batch_per_gpu: float) -> Deployment:
+        return Deployment(
+            parallel.gpus, parallel.attention_tp, parallel.expert_parallel, self.precision, batch_per_gpu,
+            self.context, self.tokens_per_step, self.kept_tokens_per_step, load=self.load,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    points: list[StepCost]
+    skipped: list[Skipped]
+
+
+def run_sweep(
+    sweep: Sweep, data: PublishedData, price: Callable[[Gpu], Price], advance: Callable[[str], None] = lambda what: None
+) -> SweepResult:
+    """Price every point that fits. ``advance`` is called before each (GPU, stack, parallelism).
+
+    Raises:
+        ValueError: an unknown stack or a missing price. What merely does not fit is in ``skipped``.
+    """
+    points: list[StepCost] = []
+    skipped: list[Skipped] = []
+    for gpu in sweep.gpus:
+        gpu_price = price(gpu)
+        for spec in sweep.stacks:
+            stack = data.stack(gpu, spec)
+            for parallel in sweep.parallels:
+                advance(f"{gpu.name} {stack.name} {parallel}")
+                try:
+                    deployments = _deployments(sweep, gpu, parallel)
+                except ValueError as error:
+                    skipped.append(Skipped(gpu.name, spec, str(parallel), str(error)))
+                    continue
+                steps = (published_step(data, sweep.model, gpu, stack, d, check_memory=False) for d in deployments)
+                points += [StepCost(step, gpu_price) for step in steps]
+    return SweepResult(points, skipped)
+
+
+def _deployments(sweep: Sweep, gpu: Gpu, parallel: Parallel) -> list[Deployment]:
+    """The batches that fit, smallest first."""
+    one = sweep.deployment(parallel, 1 / parallel.attention_tp)
+    check_divides(sweep.model, one)
+    check_precision(gpu, sweep.precision)
+    most = largest_batch(sweep.model, gpu, one)
+    if sweep.batches is None:
+        sequences = [2**power for power in range(0, 10) if 2**power <= most]
+    else:
+        sequences = [size for size in (batch * parallel.attention_tp for batch in sweep.batches) if size <= most]
+    if not sequences:
+        raise ValueError(
+            f"memory: no batch fits: {sweep.model.name} in {sweep.precision.name} at {sweep.context} tokens on "
+            f"{parallel.gpus} x {gpu.name} holds {most} sequences per attention group"
+        )
+    return [replace(one, batch_per_gpu=size / parallel.attention_tp) for size in sequences]
+
+
+def best_points(points: Iterable[StepCost], min_tokens_per_s_per_user: float) -> list[StepCost]:
+    """The cheapest point of each (GPU, stack) that is fast enough, cheapest first."""
+    best: dict[tuple[str, str], StepCost] = {}
+    for point in points:
+        if point.tokens_per_s_per_user < min_tokens_per_s_per_user:
+            continue
+        key = (point.step.gpu.name, str(point.step.stack))
+        if key not in best or point.usd_per_mtok_output < best[key].usd_per_mtok_output:
+            best[key] = point
+    return sorted(best.values(), key=lambda point: point.usd_per_mtok_output)
+
+
+def frontier(points: Iterable[StepCost]) -> list[StepCost]:
+    """The points no other beats in both tokens/s/user and tokens/s/GPU, slowest user first."""
+    kept: list[StepCost] = []
+    for point in sorted(points, key=lambda p: (-p.tokens_per_s_per_user, -p.tokens_per_s_per_gpu)):
+        if not kept or point.tokens_per_s_per_gpu > kept[-1].tokens_per_s_per_gpu:
+            kept.append(point)
+    return kept[::-1]

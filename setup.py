@@ -1,0 +1,46 @@
+"""The repository root is the package ``tokenfab``."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+VERSION = next(
+    line.split('"')[1]
+    for line in Path(__file__).with_name("__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+KERNELS = ["torch>=2.11", "triton>=3.6"]
+TEST = [
+    "basedpyright>=1.31",
+    "hypothesis>=6.100",
+    "import-linter>=2.1",
+    "playwright>=1.45",
+    "pytest>=8.3",
+    "pytest-benchmark>=5.3.1",
+    "ruff>=0.12",
+    "setuptools>=68",
+]
+
+setup(
+    name="tokenfab",
+    version=VERSION,
+    description="What one GPU kernel contributes to the price of a token",
+    python_requires=">=3.11",
+    packages=["tokenfab", "tokenfab.kernels", "tokenfab.bench", "tokenfab.costing"],
+    package_dir={"tokenfab": "."},
+    package_data={"tokenfab.bench": ["models/*.json"], "tokenfab.costing": ["prices.toml", "report.html"]},
+    install_requires=[
+        "aiconfigurator-core>=0.12,<0.13",
+        "click>=8.1",
+        "msgspec>=0.19",
+        "numpy>=1.26",
+        "packaging>=23",
+        "plotly>=6",
+        "pyarrow>=16",
+        "pyyaml>=6",
+        "rich>=13",
+    ],
+    extras_require={"kernels": KERNELS, "test": TEST},
+    entry_points={"console_scripts": ["tokenfab = tokenfab.__main__:main"]},
+)
