@@ -83,7 +83,9 @@ class _Plan:
             self.add(name, Collective("all_reduce", elements, num_gpus), count)
 
 
-def decode_plan(model: ModelConfig, gpu: Gpu, deployment: Deployment, *, check_memory: bool = True) -> tuple[OpCall, ...]:
+def decode_plan(
+    model: ModelConfig, gpu: Gpu, deployment: Deployment, *, check_memory: bool = True
+) -> tuple[OpCall, ...]:
     """The ops of one decode step on one GPU.
 
     Raises:
@@ -129,9 +131,15 @@ def _gqa(plan: _Plan, attention: GqaAttention, count: int) -> None:
     plan.streaming("rope_append", 2 * width, count)
     name = "attention" if attention.window is None else "window_attention"
     paged = PagedAttention(
-        deployment.sequences, deployment.context, heads, kv_heads, attention.head_dim,
-        attention.window, deployment.precision.kv, deployment.tokens_per_step,
-    )  # fmt: skip
+        deployment.sequences,
+        deployment.context,
+        heads,
+        kv_heads,
+        attention.head_dim,
+        attention.window,
+        deployment.precision.kv,
+        deployment.tokens_per_step,
+    )
     plan.add(name, paged, count)
     plan.linear("o_proj", hidden, heads * attention.head_dim, count)
 
@@ -156,9 +164,15 @@ def _mla(plan: _Plan, attention: MlaAttention, count: int) -> None:
     plan.add("absorbed_q_bmm", pre, count, block)
     top_k = attention.indexer.top_k if attention.indexer else None
     decode = MlaAttentionOp(
-        deployment.sequences, deployment.context, heads, attention.kv_lora_rank, attention.rope_dim,
-        deployment.precision.kv, deployment.tokens_per_step, top_k,
-    )  # fmt: skip
+        deployment.sequences,
+        deployment.context,
+        heads,
+        attention.kv_lora_rank,
+        attention.rope_dim,
+        deployment.precision.kv,
+        deployment.tokens_per_step,
+        top_k,
+    )
     plan.add("attention", decode, count, block)
     plan.add("absorbed_v_bmm", BatchedMatmul("post", *shape, attention.v_dim, attention.kv_lora_rank), count, block)
     plan.linear("o_proj", hidden, heads * attention.v_dim, count, block)
@@ -189,9 +203,17 @@ def _moe(plan: _Plan, moe: MoeFfn, count: int) -> None:
     plan.bf16("router", moe.num_experts, hidden, count)
     plan.streaming("router_top_k", 2 * moe.num_experts, count, "moe")
     experts = Experts(
-        rows * deployment.attention_dp, hidden, moe.intermediate_size, moe.top_k, moe.num_experts,
-        deployment.expert_parallel, deployment.expert_tp, precision.experts, precision.experts_activation, deployment.load,
-    )  # fmt: skip
+        rows * deployment.attention_dp,
+        hidden,
+        moe.intermediate_size,
+        moe.top_k,
+        moe.num_experts,
+        deployment.expert_parallel,
+        deployment.expert_tp,
+        precision.experts,
+        precision.experts_activation,
+        deployment.load,
+    )
     if moe.shared_intermediate_size:
         _gated_ffn(plan, "shared", moe.shared_intermediate_size // tp, count)
     if deployment.attention_dp == 1:
@@ -234,4 +256,3 @@ def step_tokens(deployment: Deployment) -> tuple[float, float]:
     """(tokens kept per step and GPU, tokens kept per step and user)."""
     kept = deployment.kept_tokens_per_step
     return kept * deployment.batch_per_gpu, kept
-

@@ -39,16 +39,40 @@ PRECISIONS: dict[str, Precision] = {
     row.name: row
     for row in (
         Precision("bf16", "bf16", "bf16", "bf16", "bf16", "bf16", "bf16", "all BF16"),
-        Precision("fp8", "fp8_block", "fp8_group", "fp8_block", "fp8_group", "fp8", "fp8_group",
-                  "FP8 blocks (DeepSeek recipe), FP8 KV"),
+        Precision(
+            "fp8",
+            "fp8_block",
+            "fp8_group",
+            "fp8_block",
+            "fp8_group",
+            "fp8",
+            "fp8_group",
+            "FP8 blocks (DeepSeek recipe), FP8 KV",
+        ),
         Precision("fp8_tensor", "fp8", "fp8", "fp8", "fp8", "fp8", "fp8", "FP8 per tensor, FP8 KV"),
-        Precision("mxfp4", "bf16", "bf16", "mxfp4", "bf16", "bf16", "bf16",
-                  "MXFP4 experts x BF16 activations, the rest BF16 (gpt-oss)"),
-        Precision("mxfp4_mxfp8", "bf16", "bf16", "mxfp4", "mxfp8", "fp8", "mxfp8",
-                  "MXFP4 experts x MXFP8 activations, the rest BF16, FP8 KV"),
+        Precision(
+            "mxfp4",
+            "bf16",
+            "bf16",
+            "mxfp4",
+            "bf16",
+            "bf16",
+            "bf16",
+            "MXFP4 experts x BF16 activations, the rest BF16 (gpt-oss)",
+        ),
+        Precision(
+            "mxfp4_mxfp8",
+            "bf16",
+            "bf16",
+            "mxfp4",
+            "mxfp8",
+            "fp8",
+            "mxfp8",
+            "MXFP4 experts x MXFP8 activations, the rest BF16, FP8 KV",
+        ),
         Precision("nvfp4", "nvfp4", "nvfp4", "nvfp4", "nvfp4", "fp8", "nvfp4", "NVFP4 x NVFP4, FP8 KV"),
     )
-}  # fmt: skip
+}
 
 
 def get_precision(name: str) -> Precision:
@@ -92,15 +116,29 @@ class Deployment:
     def __post_init__(self) -> None:
         for field in ("gpus", "attention_tp", "expert_parallel", "context", "tokens_per_step"):
             _require(getattr(self, field) >= 1, field, "at least 1", getattr(self, field))
-        _require(self.gpus % self.attention_tp == 0, "attention_tp", f"a divisor of {self.gpus} GPUs", self.attention_tp)
-        _require(self.gpus % self.expert_parallel == 0, "expert_parallel",
-                 f"a divisor of {self.gpus} GPUs", self.expert_parallel)  # fmt: skip
+        _require(
+            self.gpus % self.attention_tp == 0, "attention_tp", f"a divisor of {self.gpus} GPUs", self.attention_tp
+        )
+        _require(
+            self.gpus % self.expert_parallel == 0,
+            "expert_parallel",
+            f"a divisor of {self.gpus} GPUs",
+            self.expert_parallel,
+        )
         _require(self.batch_per_gpu > 0, "batch_per_gpu", "more than 0", self.batch_per_gpu)
         sequences = self.batch_per_gpu * self.attention_tp
-        _require(abs(sequences - round(sequences)) < 1e-6, "batch_per_gpu",
-                 f"a whole number of sequences per attention group of {self.attention_tp} GPUs", self.batch_per_gpu)  # fmt: skip
-        _require(1 <= self.kept_tokens_per_step <= self.tokens_per_step, "kept_tokens_per_step",
-                 f"between 1 and tokens_per_step = {self.tokens_per_step}", self.kept_tokens_per_step)  # fmt: skip
+        _require(
+            abs(sequences - round(sequences)) < 1e-6,
+            "batch_per_gpu",
+            f"a whole number of sequences per attention group of {self.attention_tp} GPUs",
+            self.batch_per_gpu,
+        )
+        _require(
+            1 <= self.kept_tokens_per_step <= self.tokens_per_step,
+            "kept_tokens_per_step",
+            f"between 1 and tokens_per_step = {self.tokens_per_step}",
+            self.kept_tokens_per_step,
+        )
         _require(self.reserve_bytes >= 0, "reserve_bytes", "0 or more", self.reserve_bytes)
         _require(self.load in LOADS, "load", f"one of {', '.join(LOADS)}", self.load)
 
@@ -144,22 +182,38 @@ def check_divides(model: ModelConfig, deployment: Deployment) -> None:
         ValueError: naming the field, what was expected and what came.
     """
     tp = deployment.attention_tp
-    _require(deployment.context <= model.max_context, "context",
-             f"at most {model.name}'s {model.max_context} tokens", deployment.context)  # fmt: skip
+    _require(
+        deployment.context <= model.max_context,
+        "context",
+        f"at most {model.name}'s {model.max_context} tokens",
+        deployment.context,
+    )
     _require(model.vocab_size % tp == 0, "attention_tp", f"a divisor of the vocabulary of {model.vocab_size}", tp)
     for layer, _ in model.layers:
         heads = layer.attention.num_heads
         _require(heads % tp == 0, "attention_tp", f"a divisor of {model.name}'s {heads} heads", tp)
         if not isinstance(layer.attention, MlaAttention):
             kv_heads = layer.attention.num_kv_heads
-            _require(kv_heads % tp == 0 or tp % kv_heads == 0, "attention_tp",
-                     f"a divisor or a multiple of {model.name}'s {kv_heads} KV heads", tp)  # fmt: skip
+            _require(
+                kv_heads % tp == 0 or tp % kv_heads == 0,
+                "attention_tp",
+                f"a divisor or a multiple of {model.name}'s {kv_heads} KV heads",
+                tp,
+            )
         if isinstance(layer.ffn, MoeFfn):
             experts, inter = layer.ffn.num_experts, layer.ffn.intermediate_size
-            _require(experts % deployment.expert_parallel == 0, "expert_parallel",
-                     f"a divisor of {model.name}'s {experts} experts", deployment.expert_parallel)  # fmt: skip
-            _require(inter % deployment.expert_tp == 0, "gpus / expert_parallel",
-                     f"a divisor of the expert width {inter}", deployment.expert_tp)  # fmt: skip
+            _require(
+                experts % deployment.expert_parallel == 0,
+                "expert_parallel",
+                f"a divisor of {model.name}'s {experts} experts",
+                deployment.expert_parallel,
+            )
+            _require(
+                inter % deployment.expert_tp == 0,
+                "gpus / expert_parallel",
+                f"a divisor of the expert width {inter}",
+                deployment.expert_tp,
+            )
 
 
 def check_precision(gpu: Gpu, precision: Precision) -> None:
@@ -175,7 +229,7 @@ def check_precision(gpu: Gpu, precision: Precision) -> None:
         rate = matrix_rate(get_format(weight), get_format(activation))
         if getattr(gpu, f"{rate}_flops_per_s") is None:
             raise ValueError(
-                f"precision: {precision.name} multiplies {weight} by {activation}; {gpu.name} has no {rate.upper()} units"
+                f"precision: {precision.name} is {weight} x {activation}; {gpu.name} has no {rate.upper()} matrix units"
             )
 
 

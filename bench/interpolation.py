@@ -71,11 +71,20 @@ def weight(low: float, high: float, at: float, floor_low: float, floor_high: flo
     return math.log(at / low) / math.log(high / low)
 
 
+def predict_inner(axis: np.ndarray, time_s: np.ndarray, floor_s: np.ndarray, position: int) -> np.ndarray:
+    """Every inner value of an axis predicted from its two neighbours, by the rule of ``weight``, at once."""
+    times, floors = np.moveaxis(time_s, position, 0), np.moveaxis(floor_s, position, 0)
+    logs = np.log(axis.astype(float))
+    by_coordinate = ((logs[1:-1] - logs[:-2]) / (logs[2:] - logs[:-2])).reshape(-1, *[1] * (times.ndim - 1))
+    step = floors[2:] - floors[:-2]
+    is_flat = np.abs(step) <= FLAT_FLOOR * floors[:-2]
+    upper = np.where(is_flat, by_coordinate, (floors[1:-1] - floors[:-2]) / np.where(is_flat, 1, step))
+    return np.moveaxis(times[:-2] + (times[2:] - times[:-2]) * upper, 0, position)
+
+
 def look_up(grid: Grid, at: tuple[float, ...], floor: Floor, names: Sequence[str]) -> Answer:
     """The time at ``at``. ``names`` are the coordinates' names, for the note."""
-    inside = tuple(
-        min(max(value, float(axis[0])), float(axis[-1])) for value, axis in zip(at, grid.axes, strict=True)
-    )
+    inside = tuple(min(max(value, float(axis[0])), float(axis[-1])) for value, axis in zip(at, grid.axes, strict=True))
     time_s = _between(grid, inside, floor, ())
     nearest = _nearest_row(grid, inside)
     kernel = int(grid.kernel[nearest])
@@ -86,7 +95,9 @@ def look_up(grid: Grid, at: tuple[float, ...], floor: Floor, names: Sequence[str
     if not math.isfinite(time_s):  # a hole in the table: hold the nearest row's efficiency
         anchor = tuple(float(axis[index]) for axis, index in zip(grid.axes, nearest, strict=True))
         time_s = float(grid.time_s[nearest])
-    place = ", ".join(f"{name}={value:g}" for name, value, wanted in zip(names, anchor, at, strict=True) if value != wanted)
+    place = ", ".join(
+        f"{name}={value:g}" for name, value, wanted in zip(names, anchor, at, strict=True) if value != wanted
+    )
     return Answer(time_s * floor(at) / floor(anchor), "beyond", kernel, f"efficiency of the last row ({place}) held")
 
 
@@ -116,6 +127,9 @@ def _nearest_row(grid: Grid, at: tuple[float, ...]) -> tuple[int, ...]:
     if np.isfinite(grid.time_s[near]):
         return near
     cells = np.argwhere(np.isfinite(grid.time_s))
-    logs = [np.log(axis / value)[cells[:, position]] for position, (axis, value) in enumerate(zip(grid.axes, at, strict=True))]
+    logs = [
+        np.log(axis / value)[cells[:, position]]
+        for position, (axis, value) in enumerate(zip(grid.axes, at, strict=True))
+    ]
     best = cells[np.argmin(sum(np.square(log) for log in logs))]
     return tuple(int(index) for index in best)

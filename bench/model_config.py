@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+
 @dataclass(frozen=True)
 class GqaAttention:
     """Grouped-query attention. ``window``: tokens a query sees, None for all of them."""

@@ -51,12 +51,20 @@ class _Raw(msgspec.Struct, kw_only=True):
     head_dim: Size | None = None
 
     def gqa(self, **kwargs: Any) -> GqaAttention:
-        _require(self.num_attention_heads % self.num_key_value_heads == 0, "num_key_value_heads",
-                 f"a divisor of num_attention_heads = {self.num_attention_heads}", self.num_key_value_heads)  # fmt: skip
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            "num_key_value_heads",
+            f"a divisor of num_attention_heads = {self.num_attention_heads}",
+            self.num_key_value_heads,
+        )
         head_dim = self.head_dim
         if head_dim is None:
-            _require(self.hidden_size % self.num_attention_heads == 0, "num_attention_heads",
-                     f"a divisor of hidden_size = {self.hidden_size}", self.num_attention_heads)  # fmt: skip
+            _require(
+                self.hidden_size % self.num_attention_heads == 0,
+                "num_attention_heads",
+                f"a divisor of hidden_size = {self.hidden_size}",
+                self.num_attention_heads,
+            )
             head_dim = self.hidden_size // self.num_attention_heads
         return GqaAttention(self.num_attention_heads, self.num_key_value_heads, head_dim, **kwargs)
 
@@ -99,12 +107,17 @@ class _GptOss(_Raw, kw_only=True):
     attention_bias: bool = True
 
     def layers(self) -> list[Layer]:
-        _require(len(self.layer_types) == self.num_hidden_layers, "layer_types",
-                 f"{self.num_hidden_layers} entries (num_hidden_layers)", len(self.layer_types))  # fmt: skip
+        _require(
+            len(self.layer_types) == self.num_hidden_layers,
+            "layer_types",
+            f"{self.num_hidden_layers} entries (num_hidden_layers)",
+            len(self.layer_types),
+        )
         full = self.gqa(has_sinks=True, has_bias=self.attention_bias)
         kinds = {"full_attention": full, "sliding_attention": replace(full, window=self.sliding_window)}
-        moe = _moe(self, self.num_local_experts, self.intermediate_size, 0,
-                   Router("softmax_top_k", True), has_bias=True)  # fmt: skip
+        moe = _moe(
+            self, self.num_local_experts, self.intermediate_size, 0, Router("softmax_top_k", True), has_bias=True
+        )
         for kind in self.layer_types:
             _require(kind in kinds, "layer_types", f"one of {', '.join(kinds)}", kind)
         return [Layer(kinds[kind], moe) for kind in self.layer_types]
@@ -136,8 +149,9 @@ class _Llama4Text(_Raw, kw_only=True):
         full = self.gqa(has_bias=self.attention_bias, has_qk_norm=self.use_qk_norm)
         # chunked attention on the layers with RoPE; every fourth layer has none and sees all tokens
         local = replace(full, window=self.attention_chunk_size)
-        moe = _moe(self, self.num_local_experts, self.intermediate_size, self.intermediate_size,
-                   Router("sigmoid", False))  # fmt: skip
+        moe = _moe(
+            self, self.num_local_experts, self.intermediate_size, self.intermediate_size, Router("sigmoid", False)
+        )
         dense = DenseFfn(self.intermediate_size_mlp)
         return [
             Layer(
@@ -172,10 +186,16 @@ class _SharedExpertMoe(_Raw, kw_only=True):
     def layers(self) -> list[Layer]:
         attention, dense = self.attention(), DenseFfn(self.intermediate_size)
         _require(self.topk_group <= self.n_group, "topk_group", f"at most n_group = {self.n_group}", self.topk_group)
-        router = Router(self.scoring_func, self.norm_topk_prob, True,
-                        self.n_group, self.topk_group, self.routed_scaling_factor)  # fmt: skip
-        moe = _moe(self, self.n_routed_experts, self.moe_intermediate_size,
-                   self.n_shared_experts * self.moe_intermediate_size, router)  # fmt: skip
+        router = Router(
+            self.scoring_func, self.norm_topk_prob, True, self.n_group, self.topk_group, self.routed_scaling_factor
+        )
+        moe = _moe(
+            self,
+            self.n_routed_experts,
+            self.moe_intermediate_size,
+            self.n_shared_experts * self.moe_intermediate_size,
+            router,
+        )
         return [
             Layer(attention, moe if index >= self.first_k_dense_replace and index % self.moe_layer_freq == 0 else dense)
             for index in range(self.num_hidden_layers)
@@ -190,8 +210,15 @@ class _DeepseekV3(_SharedExpertMoe, kw_only=True):
     q_lora_rank: Size | None = None
 
     def attention(self, indexer: SparseIndexer | None = None) -> Attention:
-        return MlaAttention(self.num_attention_heads, self.q_lora_rank, self.kv_lora_rank,
-                            self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, indexer)  # fmt: skip
+        return MlaAttention(
+            self.num_attention_heads,
+            self.q_lora_rank,
+            self.kv_lora_rank,
+            self.qk_nope_head_dim,
+            self.qk_rope_head_dim,
+            self.v_head_dim,
+            indexer,
+        )
 
 
 class _DeepseekV32(_DeepseekV3, kw_only=True):
@@ -266,10 +293,15 @@ def model_from_config(text: str | bytes, name: str) -> ModelConfig:
     except (msgspec.MsgspecError, ValueError) as error:
         raise ValueError(f"model {name}: {error}") from None
     return ModelConfig(
-        name=name, architecture=known[0], hidden_size=raw.hidden_size, vocab_size=raw.vocab_size,
-        max_context=raw.max_position_embeddings, tied_embeddings=raw.tie_word_embeddings,
-        layers=tuple(Counter(layers).items()), native_precision=_native_precision(raw.quantization_config),
-    )  # fmt: skip
+        name=name,
+        architecture=known[0],
+        hidden_size=raw.hidden_size,
+        vocab_size=raw.vocab_size,
+        max_context=raw.max_position_embeddings,
+        tied_embeddings=raw.tie_word_embeddings,
+        layers=tuple(Counter(layers).items()),
+        native_precision=_native_precision(raw.quantization_config),
+    )
 
 
 def shipped_models() -> list[str]:

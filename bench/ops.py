@@ -300,7 +300,7 @@ class Streaming(Op):
 
 @dataclass(frozen=True)
 class Collective(Op):
-    """"all_reduce", "all_gather" or "reduce_scatter" of ``num_elements`` BF16 values over ``num_gpus``.
+    """ "all_reduce", "all_gather" or "reduce_scatter" of ``num_elements`` BF16 values over ``num_gpus``.
 
     The floor lets every value enter and leave a GPU once (reduction in the switch).
     """

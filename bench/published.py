@@ -98,7 +98,9 @@ class _Rows:
                 self._index(file.read(columns=wanted), keys)
         except (pa.ArrowException, OSError, BufferError) as error:
             reason = str(error).splitlines()[0]
-            raise PublishedDataError(f"{self.path}: expected a whole Parquet file of {table.name} rows; {reason}") from None
+            raise PublishedDataError(
+                f"{self.path}: expected a whole Parquet file of {table.name} rows; {reason}"
+            ) from None
 
     def _index(self, data: Any, keys: list[str]) -> None:
         table = self.table
@@ -142,6 +144,10 @@ class _Rows:
         grid = Grid.from_rows([axis[rows] for axis in self._axes], self._time_s[rows], self._kernel[rows])
         self._grids[key] = grid
         return grid
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._time_s)
 
     @cached_property
     def keys(self) -> list[tuple[Any, ...]]:
@@ -195,9 +201,14 @@ class PublishedData:
         if system is None or not (self.root / "data" / system).is_dir():
             raise PublishedDataError(f"gpu: no published measurements for {gpu.name}")
         if not version:
-            slots = {**self._query_versions.get("defaults", {}), **self._query_versions.get("overrides", {}).get(system, {})}
+            slots = {
+                **self._query_versions.get("defaults", {}),
+                **self._query_versions.get("overrides", {}).get(system, {}),
+            }
             if name not in slots:
-                raise PublishedDataError(f"stack: {self.root / 'query_versions.yaml'} names no {name} version for {system}")
+                raise PublishedDataError(
+                    f"stack: {self.root / 'query_versions.yaml'} names no {name} version for {system}"
+                )
             return Stack(name, str(slots[name]["current"]))
         known = self.versions(gpu, name)
         if version not in known:
@@ -209,7 +220,7 @@ class PublishedData:
         folders = (self.root / "data" / str(gpu.published_system)).glob(f"*/{name}/*/")
         return _newest_first({folder.name for folder in folders})
 
-    def _files(self, gpu: Gpu, stack: Stack, table: Table) -> list[tuple[str, Path]]:
+    def files(self, gpu: Gpu, stack: Stack, table: Table) -> list[tuple[str, Path]]:
         """(version, file) that may answer, best first: the asked version, what it reuses, then older ones."""
         key = (gpu.name, stack, table.file)
         if key not in self._candidates:
@@ -241,7 +252,7 @@ class PublishedData:
 
     def has_table(self, gpu: Gpu, stack: Stack, table: Table) -> bool:
         """Whether any version up to the stack's has this table for the GPU."""
-        return bool(self._files(gpu, stack, table))
+        return bool(self.files(gpu, stack, table))
 
     def time(self, op: Op, gpu: Gpu, stack: Stack) -> Timing:
         """The time of one call of ``op`` in ``stack`` on ``gpu``, with its provenance."""
@@ -264,14 +275,16 @@ class PublishedData:
 
     def _from_tables(self, query: Query, gpu: Gpu, stack: Stack) -> Timing | None:
         """The answer of the first version that has rows of this very shape."""
-        for version, path in self._files(gpu, stack, query.table):
+        for version, path in self.files(gpu, stack, query.table):
             rows = self.rows(path, query.table)
             grid = rows.grid((*query.exact, *query.near))
             if grid is None:
                 continue
             found = look_up(grid, query.axes, lambda axes: query.at(query.near, axes).floor_s(gpu), query.table.axes)
             provenance = {"exact": MEASURED, "between": INTERPOLATED, "beyond": MODELLED}[found.how]
-            source = f"{_stack_name(query.table, stack)} {version} {query.table.name}: {rows.kernel_names[found.kernel]}"
+            source = (
+                f"{_stack_name(query.table, stack)} {version} {query.table.name}: {rows.kernel_names[found.kernel]}"
+            )
             timing = Timing(found.time_s, provenance, f"{source} ({found.note})" if found.note else source)
             if query.plus is None:
                 return timing
@@ -283,11 +296,15 @@ class PublishedData:
         return None
 
     def _borrowed(self, query: Query, op: Op, gpu: Gpu, stack: Stack) -> Timing | None:
-        """The roofline at the efficiency of the nearest published shape; None where there is none."""
+        """A model from the nearest published shape; None where there is none.
+
+        A kernel is given that shape's efficiency. A communication op, whose time is mostly latency,
+        is given that shape's time and the floors' difference at ``MODEL_EFFICIENCY``.
+        """
         if not query.near or query.plus is not None or isinstance(op, AttentionModule):
             return None
         fixed = len(query.exact)
-        for version, path in self._files(gpu, stack, query.table):
+        for version, path in self.files(gpu, stack, query.table):
             rows = self.rows(path, query.table)
             shapes = [key[fixed:] for key in rows.keys if key[:fixed] == query.exact]
             if not shapes:
@@ -296,11 +313,16 @@ class PublishedData:
             near = shapes[int(np.argmin(logs))]
             grid = rows.grid((*query.exact, *near))
             assert grid is not None
-            found = look_up(grid, query.axes, lambda axes: query.at(near, axes).floor_s(gpu), query.table.axes)
-            time_s = found.time_s * op.floor_s(gpu) / query.at(near, query.axes).floor_s(gpu)
+            found = look_up(
+                grid, query.axes, lambda axes, near=near: query.at(near, axes).floor_s(gpu), query.table.axes
+            )
+            floor_s, near_floor_s = op.floor_s(gpu), query.at(near, query.axes).floor_s(gpu)
             shape = ", ".join(f"{name}={value}" for name, value in zip(query.table.near, near, strict=True))
-            source = f"{_stack_name(query.table, stack)} {version} {query.table.name}"
-            return Timing(time_s, MODELLED, f"roofline at the efficiency of {source} at {shape}")
+            row = f"{_stack_name(query.table, stack)} {version} {query.table.name} at {shape}"
+            if isinstance(op, Collective | ExpertAllToAll):
+                time_s = found.time_s + max(0.0, floor_s - near_floor_s) / MODEL_EFFICIENCY
+                return Timing(time_s, MODELLED, f"{row}, and the rise of the floor / {MODEL_EFFICIENCY:g}")
+            return Timing(found.time_s * floor_s / near_floor_s, MODELLED, f"roofline at the efficiency of {row}")
         return None
 
 

@@ -76,8 +76,8 @@ class Query:
 
 GEMM = Table("gemm", "gemm_perf", ("gemm_dtype",), (), ("m", "n", "k"))
 MOE = Table(
-    "moe", "moe_perf", ("moe_dtype", "distribution", "moe_tp_size", "moe_ep_size"),
-    ("hidden_size", "inter_size", "topk", "num_experts"), ("num_tokens",),
+    "moe", "moe_perf", ("moe_dtype", "distribution"),
+    ("hidden_size", "inter_size", "topk", "num_experts", "moe_ep_size", "moe_tp_size"), ("num_tokens",),
 )  # fmt: skip
 ATTENTION = Table(
     "attention", "generation_attention_perf", ("kv_cache_dtype", "head_dim", "window_size"),
@@ -91,18 +91,18 @@ DSA_MODULE = Table(
     ("batch_size", KV_LENGTH),
 )  # fmt: skip
 MLA_BMM = Table("mla_bmm", "mla_bmm_perf", ("op_name", "bmm_dtype"), ("num_heads",), ("num_tokens",))
-ALL_REDUCE = Table("comm", "custom_allreduce_perf", ("num_gpus",), (), ("message_size",))
-NCCL = Table("comm", "nccl_perf", ("op_name", "nccl_dtype", "num_gpus"), (), ("message_size",))
+ALL_REDUCE = Table("comm", "custom_allreduce_perf", ("op_name",), ("num_gpus",), ("message_size",))
+NCCL = Table("comm", "nccl_perf", ("op_name", "nccl_dtype"), ("num_gpus",), ("message_size",))
 _ROUTE = ("hidden_size", "topk", "num_experts")
 ALL_TO_ALL = Table(
-    "comm", "moe_a2a_perf", ("comm_backend", "phase", "comm_dtype", "ep_size"), _ROUTE, ("num_tokens",), unit_s=US
+    "comm", "moe_a2a_perf", ("comm_backend", "phase", "comm_dtype"), (*_ROUTE, "ep_size"), ("num_tokens",), unit_s=US
 )
 NVLINK_ALL_TO_ALL = Table(
-    "comm", "trtllm_alltoall_perf", ("op_name", "kernel_source", "moe_dtype", "moe_ep_size"), _ROUTE, ("num_tokens",)
+    "comm", "trtllm_alltoall_perf", ("op_name", "kernel_source", "moe_dtype"), (*_ROUTE, "moe_ep_size"), ("num_tokens",)
 )
 DEEPEP = {
     phase: Table(
-        "comm", "wideep_deepep_ll_perf", ("node_num",), ("hidden_size", "num_topk", "num_experts"), ("num_token",),
+        "comm", "wideep_deepep_ll_perf", (), ("hidden_size", "num_topk", "num_experts", "node_num"), ("num_token",),
         latency=f"{phase}_avg_t_us", unit_s=US,
     )
     for phase in ("dispatch", "combine")
@@ -154,9 +154,9 @@ def _moe(op: Experts, gpu: Gpu, stack: str) -> list[Query]:
     dtype = MOE_DTYPES.get((op.weight, op.activation))
     if dtype is None:
         return []
-    at = _at(op, ("hidden", "inter", "top_k", "num_experts"), ("num_tokens",))
-    shape = (op.hidden, op.inter, op.top_k, op.num_experts)
-    return [Query(MOE, (dtype, op.load, op.tp, op.ep), shape, (op.num_tokens,), at)]
+    at = _at(op, ("hidden", "inter", "top_k", "num_experts", "ep", "tp"), ("num_tokens",))
+    shape = (op.hidden, op.inter, op.top_k, op.num_experts, op.ep, op.tp)
+    return [Query(MOE, (dtype, op.load), shape, (op.num_tokens,), at)]
 
 
 def _attention(op: PagedAttention, gpu: Gpu, stack: str) -> list[Query]:
@@ -219,30 +219,30 @@ def _bmm(op: BatchedMatmul, gpu: Gpu, stack: str) -> list[Query]:
 
 
 def _collective(op: Collective, gpu: Gpu, stack: str) -> list[Query]:
-    at = _at(op, (), ("num_elements",))
-    nccl = Query(NCCL, (op.op, "half", op.num_gpus), (), (op.num_elements,), at)
+    at = _at(op, ("num_gpus",), ("num_elements",))
+    nccl = Query(NCCL, (op.op, "half"), (op.num_gpus,), (op.num_elements,), at)
     if op.op != "all_reduce":
         return [nccl]
-    return [Query(ALL_REDUCE, (op.num_gpus,), (), (op.num_elements,), at), nccl]
+    return [Query(ALL_REDUCE, (op.op,), (op.num_gpus,), (op.num_elements,), at), nccl]
 
 
 def _all_to_all(op: ExpertAllToAll, gpu: Gpu, stack: str) -> list[Query]:
-    near, axes = (op.hidden, op.top_k, op.num_experts), (op.num_tokens,)
-    at = _at(op, ("hidden", "top_k", "num_experts"), ("num_tokens",))
+    near, axes = (op.hidden, op.top_k, op.num_experts, op.ep), (op.num_tokens,)
+    at = _at(op, ("hidden", "top_k", "num_experts", "ep"), ("num_tokens",))
     if stack == "vllm":
-        return [Query(ALL_TO_ALL, ("deepep_ll", op.phase, "default", op.ep), near, axes, at)]
+        return [Query(ALL_TO_ALL, ("deepep_ll", op.phase, "default"), near, axes, at)]
     if stack == "sglang":
-        nodes = op.ep // gpu.node_gpus
-        return [Query(DEEPEP[op.phase], (nodes,), near, axes, at)] if nodes * gpu.node_gpus == op.ep else []
+        nodes = (*near[:3], op.ep / gpu.node_gpus)
+        return [Query(DEEPEP[op.phase], (), nodes, axes, lambda n, a: at((*n[:3], n[3] * gpu.node_gpus), a))]
     wire = {"fp8": "fp8", "fp8_group": "fp8", "nvfp4": "nvfp4", "mxfp8": "fp8"}.get(op.payload, "bfloat16")
 
     def nvlink(phase: str, plus: Query | None = None) -> Query:
-        exact = (f"alltoall_{phase}", "NVLinkTwoSided", wire, op.ep)
+        exact = (f"alltoall_{phase}", "NVLinkTwoSided", wire)
         return Query(NVLINK_ALL_TO_ALL, exact, near, axes, at, plus)
 
     return [
         nvlink(op.phase, nvlink("prepare") if op.phase == "dispatch" else None),
-        Query(ALL_TO_ALL, ("trtllm_deepep_ll", op.phase, wire, op.ep), near, axes, at),
+        Query(ALL_TO_ALL, ("trtllm_deepep_ll", op.phase, wire), near, axes, at),
     ]
 
 

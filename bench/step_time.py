@@ -52,7 +52,13 @@ class StepTime:
 
 
 def published_step(
-    data: PublishedData, model: ModelConfig, gpu: Gpu, stack: Stack, deployment: Deployment, *, check_memory: bool = True
+    data: PublishedData,
+    model: ModelConfig,
+    gpu: Gpu,
+    stack: Stack,
+    deployment: Deployment,
+    *,
+    check_memory: bool = True,
 ) -> StepTime:
     """One decode step priced in time by a stack's published kernels.
 
@@ -62,15 +68,18 @@ def published_step(
     calls = decode_plan(model, gpu, deployment, check_memory=check_memory)
     calls = _as_tabled(data, calls, gpu, stack, deployment)
     timings = {call: data.time(call.op, gpu, stack) for call in calls}
-    experts_measured = any(
-        call.name == "experts" and timing.provenance != MODELLED for call, timing in timings.items()
-    )
+    experts_measured = any(call.name == "experts" and timing.provenance != MODELLED for call, timing in timings.items())
     ops = [
-        TimedOp(call, call.calls_per_step * timing.time_s, call.calls_per_step * call.op.floor_s(gpu),
-                timing.provenance, timing.source)
+        TimedOp(
+            call,
+            call.calls_per_step * timing.time_s,
+            call.calls_per_step * call.op.floor_s(gpu),
+            timing.provenance,
+            timing.source,
+        )
         for call, timing in timings.items()
         if not (experts_measured and call.name == "router_top_k")  # the MoE row contains it
-    ]  # fmt: skip
+    ]
     return StepTime(model, gpu, stack, deployment, tuple(ops))
 
 

@@ -45,6 +45,23 @@ def joules_per_token(tokens_per_s_per_gpu: float, kw_per_gpu: float) -> float:
     return _positive("kw_per_gpu", kw_per_gpu) * 1e3 / _positive("tokens_per_s_per_gpu", tokens_per_s_per_gpu)
 
 
+def plain_price(tokens_per_s: float, usd_per_hour: float, kw: float | None = None) -> dict[str, float]:
+    """The plain formula's results: $/M tokens, and with the power tokens/s/MW and J/token.
+
+    Raises:
+        ValueError: a value that is not a positive number.
+    """
+    result = {
+        "tokens_per_s": tokens_per_s,
+        "usd_per_gpu_hour": usd_per_hour,
+        "usd_per_mtok": usd_per_mtok(tokens_per_s, usd_per_hour),
+    }
+    if kw is not None:
+        result["tokens_per_s_per_mw"] = tokens_per_s_per_mw(tokens_per_s, kw)
+        result["joules_per_token"] = joules_per_token(tokens_per_s, kw)
+    return result
+
+
 @dataclass(frozen=True)
 class OpCost:
     """One op's part of a step and of a million tokens' price.
@@ -57,6 +74,9 @@ class OpCost:
     share: float
     usd_per_mtok: float
     saving_usd_per_mtok: float
+
+
+SUSPECT_SHARE, SUSPECT_OF_FLOOR = 0.1, 0.05
 
 
 @dataclass(frozen=True)
@@ -92,6 +112,19 @@ class StepCost:
         """Every microsecond has a price: the ops' costs sum to the total."""
         usd_per_s = self.usd_per_mtok_output / self.step.step_s
         return [
-            OpCost(op, op.time_s / self.step.step_s, op.time_s * usd_per_s, max(0.0, op.time_s - op.floor_s) * usd_per_s)
+            OpCost(
+                op, op.time_s / self.step.step_s, op.time_s * usd_per_s, max(0.0, op.time_s - op.floor_s) * usd_per_s
+            )
             for op in self.step.ops
+        ]
+
+    def suspects(self) -> list[OpCost]:
+        """Ops that take a tenth of the step or more at a twentieth of their roofline or less.
+
+        Such a row is a fact about the stack's path (host time, a fallback kernel), not the kernel's limit.
+        """
+        return [
+            op
+            for op in self.ops()
+            if op.share >= SUSPECT_SHARE and op.timed.floor_s <= SUSPECT_OF_FLOOR * op.timed.time_s
         ]

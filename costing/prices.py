@@ -65,12 +65,13 @@ class PriceBook:
     prices: tuple[Price, ...]
 
     @classmethod
-    def read(cls, path: Path = SHIPPED_PRICES) -> PriceBook:
-        """The prices of a TOML file.
+    def read(cls, path: Path | None = None) -> PriceBook:
+        """The prices of a TOML file; of the shipped one for None.
 
         Raises:
             ValueError: unreadable, of another schema, an unknown GPU or book, a price given twice.
         """
+        path = path or SHIPPED_PRICES
         try:
             raw = msgspec.toml.decode(path.read_bytes(), type=_File)
         except OSError as error:
@@ -88,9 +89,22 @@ class PriceBook:
             if key in found:
                 raise ValueError(f"prices: {path}: {' '.join(key)} is given twice")
             book = books[row.book]
-            found[key] = Price(key[1], row.tier, row.usd_per_gpu_hour, row.kw_per_gpu,
-                               book.name, book.date, book.source, row.note)  # fmt: skip
+            found[key] = Price(
+                key[1], row.tier, row.usd_per_gpu_hour, row.kw_per_gpu, book.name, book.date, book.source, row.note
+            )
         return cls(tuple(found.values()))
+
+    def of(self, gpu: str | None) -> list[Price]:
+        """Every price of one GPU; of all for None.
+
+        Raises:
+            ValueError: an unknown GPU, or one without a price.
+        """
+        name = get_gpu(gpu).name if gpu else None
+        found = [row for row in self.prices if name in (None, row.gpu)]
+        if not found:
+            raise ValueError(f"price: no price for {name} in the book")
+        return found
 
     def look_up(self, gpu: str, tier: str = DEFAULT_TIER, book: str | None = None) -> Price:
         """The price of ``gpu`` in ``tier``, from the newest book that has it or from ``book``.

@@ -16,9 +16,20 @@ from .cost import StepCost
 from .prices import Price
 
 DEFAULT_PARALLEL = (
-    "tp1", "tp2", "tp4", "tp8", "tp4-ep4", "tp8-ep8", "dp2-ep2", "dp4-ep4", "dp8-ep8", "dp16-ep16", "dp32-ep32",
-)  # fmt: skip
+    "tp1",
+    "tp2",
+    "tp4",
+    "tp8",
+    "tp4-ep4",
+    "tp8-ep8",
+    "dp2-ep2",
+    "dp4-ep4",
+    "dp8-ep8",
+    "dp16-ep16",
+    "dp32-ep32",
+)
 DEFAULT_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+DEFAULT_MAX_MODELLED = 0.25
 DEFAULT_STACKS = ("vllm", "sglang", "trtllm")
 DEFAULT_GPUS = ("h100", "h200", "b200", "b300", "gb200", "gb300")
 
@@ -89,9 +100,16 @@ class Sweep:
 
     def deployment(self, parallel: Parallel, batch_per_gpu: float) -> Deployment:
         return Deployment(
-            parallel.gpus, parallel.attention_tp, parallel.expert_parallel, self.precision, batch_per_gpu,
-            self.context, self.tokens_per_step, self.kept_tokens_per_step, load=self.load,
-        )  # fmt: skip
+            parallel.gpus,
+            parallel.attention_tp,
+            parallel.expert_parallel,
+            self.precision,
+            batch_per_gpu,
+            self.context,
+            self.tokens_per_step,
+            self.kept_tokens_per_step,
+            load=self.load,
+        )
 
 
 @dataclass(frozen=True)
@@ -144,11 +162,17 @@ def _deployments(sweep: Sweep, gpu: Gpu, parallel: Parallel) -> list[Deployment]
     return [replace(one, batch_per_gpu=size / parallel.attention_tp) for size in sequences]
 
 
-def best_points(points: Iterable[StepCost], min_tokens_per_s_per_user: float) -> list[StepCost]:
-    """The cheapest point of each (GPU, stack) that is fast enough, cheapest first."""
+def best_points(
+    points: Iterable[StepCost], min_tokens_per_s_per_user: float, max_modelled: float = DEFAULT_MAX_MODELLED
+) -> list[StepCost]:
+    """The cheapest point of each (GPU, stack) that is fast enough, cheapest first.
+
+    Points with more than ``max_modelled`` of their time modelled do not rank: a model is kinder
+    than a measurement, and the cheapest point would be the least known one.
+    """
     best: dict[tuple[str, str], StepCost] = {}
     for point in points:
-        if point.tokens_per_s_per_user < min_tokens_per_s_per_user:
+        if point.tokens_per_s_per_user < min_tokens_per_s_per_user or point.step.coverage()["modelled"] > max_modelled:
             continue
         key = (point.step.gpu.name, str(point.step.stack))
         if key not in best or point.usd_per_mtok_output < best[key].usd_per_mtok_output:

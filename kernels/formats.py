@@ -54,9 +54,7 @@ MXFP8 = Format("mxfp8", 8, 8, (1, 32), "fp8", "FP8 E4M3, E8M0 scale per 32 (OCP 
 MXFP4 = Format("mxfp4", 4, 8, (1, 32), "fp4", "FP4 E2M1, E8M0 scale per 32 (OCP MX)")
 NVFP4 = Format("nvfp4", 4, 8, (1, 16), "fp4", "FP4 E2M1, E4M3 scale per 16 and one FP32 per tensor")
 
-FORMATS: dict[str, Format] = {
-    row.name: row for row in (BF16, FP8, FP8_BLOCK, FP8_GROUP, MXFP8, MXFP4, NVFP4)
-}
+FORMATS: dict[str, Format] = {row.name: row for row in (BF16, FP8, FP8_BLOCK, FP8_GROUP, MXFP8, MXFP4, NVFP4)}
 
 
 def get_format(name: str) -> Format:

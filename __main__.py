@@ -1,0 +1,340 @@
+"""The ``tokenfab`` command. Parses, calls, prints; holds no logic."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+
+# Rooms are imported inside the commands: `tokenfab models` must not wait for pyarrow or plotly.
+
+
+class UserError(click.ClickException):
+    """One line, exit code 2."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"error: {' '.join(self.message.split())}", err=True)
+
+
+class Group(click.Group):
+    """Turns a ``ValueError`` of any room into one line and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+class CommaList(click.ParamType):
+    """``a,b,c``: a list of texts, or of what ``convert_item`` makes of them."""
+
+    def __init__(self, name: str, convert_item: Callable[[str], Any] = str) -> None:
+        self.name, self.convert_item = name, convert_item
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return [self.convert_item(item.strip()) for item in value.split(",") if item.strip()]
+        except ValueError as error:
+            raise UserError(f"{param.name if param else self.name}: {error}") from None
+
+
+def _print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2, allow_nan=False))
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def _comma(flag: str, name: str, help_text: str, **more: Any) -> Callable[[Any], Any]:
+    return click.option(
+        flag, name, type=CommaList(name, more.pop("item", str)), help=f"Comma list. {help_text}", **more
+    )
+
+
+_path = click.Path(path_type=Path)
+gpu_option = click.option("--gpu", required=True, help="See `tokenfab gpus`.")
+stacks_option = _comma(
+    "--stack", "stacks", "NAME@VERSION for an older one.", default="vllm,sglang,trtllm", show_default=True
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+price_file_option = click.option("--prices", "price_file", type=_path, metavar="FILE", help="A price file (TOML).")
+data_option = click.option(
+    "--published-data", type=_path, metavar="DIR", help="Tables from this aiconfigurator checkout, not the package."
+)
+price_options = _options(
+    click.option("--tier", default="rent_3yr", show_default=True, help="Price tier; see `tokenfab prices`."),
+    click.option("--book", help="Price book, e.g. 2026-02; the newest that has the price by default."),
+    price_file_option,
+    click.option("--usd-per-gpu-hour", type=float, help="This price for every GPU, instead of the book's."),
+)
+model_options = _options(
+    click.option("--precision", help="See `tokenfab models --precisions`; the checkpoint's own by default."),
+    click.option("--kv-format", help="Format of the KV cache, instead of the precision's: bf16 or fp8."),
+    click.option("--context", type=int, default=4096, show_default=True, help="Cached tokens per sequence."),
+    click.option(
+        "--load", default="balanced", show_default=True, help="Expert load: balanced, power_law_1.01 or power_law_1.2."
+    ),
+    click.option(
+        "--tokens-per-step", type=int, default=1, show_default=True, help="New tokens per sequence: 1 + drafts."
+    ),
+    click.option("--kept-tokens", type=float, default=1.0, show_default=True, help="Of those kept: acceptance length."),
+)
+
+
+def _show(
+    as_json: bool, data: Callable[[], Any], table: Callable[[], Any], lines: Callable[[], list[str]] = list
+) -> None:
+    """Print ``data()`` as JSON, or ``table()`` and ``lines()`` for people."""
+    if as_json:
+        _print_json(data())
+        return
+    from .costing.tables import console
+
+    out = console()
+    out.print(table())
+    for line in lines():
+        out.print(line, soft_wrap=True)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="tokenfab")
+def cli() -> None:
+    """Dollars per million tokens, kernel by kernel.
+
+    tokenfab turns a model, a GPU and a way to serve it into the ops of one decode step, times each op with
+    published measurements of vLLM's, SGLang's and TensorRT-LLM's kernels, and prices the sum. Every figure
+    says whether it was measured, interpolated or modelled.
+
+    \b
+    Start here:
+      tokenfab cost deepseek-v3                          which GPU, stack and batch is cheapest
+      tokenfab step deepseek-v3 --gpu h200 --batch 64    one deployment, op by op
+      tokenfab published check                           how far interpolation can be trusted
+    """
+
+
+@cli.command()
+@click.option("--precisions", is_flag=True, help="List the precisions instead.")
+@json_option
+def models(precisions: bool, as_json: bool) -> None:
+    """The shipped models: shapes, parameters, KV cache.
+
+    Any other model of a known architecture works by the path of its config.json.
+    """
+    from .bench.deployment import PRECISIONS
+    from .bench.models import load_model, shipped_models
+    from .costing import tables
+    from .costing.document import model_dict
+
+    if precisions:
+        rows = list(PRECISIONS.values())
+        _show(as_json, lambda: [asdict(row) for row in rows], lambda: tables.precisions_table(rows))
+        return
+    found = [load_model(name) for name in shipped_models()]
+    _show(as_json, lambda: [model_dict(model) for model in found], lambda: tables.models_table(found))
+
+
+@cli.command()
+@json_option
+def gpus(as_json: bool) -> None:
+    """The known GPUs: datasheet peaks, memory, links, and where each row is from."""
+    from .bench.gpus import GPUS
+    from .costing.tables import gpus_table
+
+    rows = list(GPUS.values())
+    _show(as_json, lambda: [asdict(row) for row in rows], lambda: gpus_table(rows))
+
+
+@cli.command()
+@click.option("--gpu", help="Only this GPU.")
+@price_file_option
+@json_option
+def prices(gpu: str | None, price_file: Path | None, as_json: bool) -> None:
+    """The price book: $/GPU-hour and kW by tier, each with date and source."""
+    from .costing.prices import PriceBook
+    from .costing.tables import prices_table
+
+    rows = PriceBook.read(price_file).of(gpu)
+    _show(as_json, lambda: [asdict(row) for row in rows], lambda: prices_table(rows))
+
+
+@cli.command()
+@click.option("--tokens-per-s", type=float, required=True, help="Tokens/s of one GPU (or of all, with their price).")
+@click.option("--usd-per-gpu-hour", type=float, required=True, help="Price of that GPU (or of all) per hour.")
+@click.option("--kw", type=float, help="All-in power in kW, for tokens/s/MW and J/token.")
+@json_option
+def price(tokens_per_s: float, usd_per_gpu_hour: float, kw: float | None, as_json: bool) -> None:
+    """The plain formula: $/M tokens = $/GPU-h / (tokens/s x 3600) x 1e6.
+
+    \b
+    Example:
+      tokenfab price --tokens-per-s 93.2 --usd-per-gpu-hour 1.41
+    """
+    from .costing.cost import plain_price
+    from .costing.tables import plain_price_lines
+
+    result = plain_price(tokens_per_s, usd_per_gpu_hour, kw)
+    _show(as_json, lambda: result, lambda: "\n".join(plain_price_lines(result)))
+
+
+@cli.command()
+@click.argument("model")
+@gpu_option
+@click.option("--stack", default="vllm", show_default=True, help="vllm, sglang, trtllm; NAME@VERSION for an older one.")
+@click.option("--parallel", help="tp8, dp8-ep8, tp2-dp4-ep8, ...; by default the fewest GPUs that fit, DP and EP.")
+@click.option("--batch", type=float, default=32, show_default=True, help="Sequences per GPU.")
+@model_options
+@price_options
+@data_option
+@json_option
+def step(model: str, gpu: str, stack: str, parallel: str | None, batch: float, as_json: bool, **options: Any) -> None:
+    """One decode step of MODEL on one GPU of a deployment, op by op, in time and dollars.
+
+    \b
+    Examples:
+      tokenfab step deepseek-v3 --gpu h200 --stack sglang --parallel dp8-ep8 --batch 64
+      tokenfab step ./my-model/config.json --gpu b200 --stack trtllm --precision fp8
+    """
+    from .costing.document import document
+    from .costing.study import price_step, study
+    from .costing.tables import step_summary, step_table
+
+    plan = study(model, [gpu], [stack], [parallel] if parallel else None, [batch], **options)
+    cost = price_step(plan)
+    name = plan.sweep.model.name
+    _show(as_json, lambda: document(name, [cost]), lambda: step_table(cost), lambda: step_summary(cost))
+
+
+@cli.command()
+@click.argument("models", nargs=-1, required=True)
+@_comma("--gpu", "gpus", "h100, h200, b200, b300, gb200, gb300 by default.")
+@stacks_option
+@_comma("--parallel", "parallels", "tp8, dp8-ep8, tp2-dp4-ep8, ...; a range of them by default.")
+@_comma("--batch", "batches", "Sequences per GPU; powers of two that fit by default.", item=float)
+@model_options
+@price_options
+@click.option("--min-tokens-per-s-per-user", "min_rate", type=click.FloatRange(0), default=20, show_default=True,
+              help="Interactivity the best points must reach.")  # fmt: skip
+@click.option("--max-modelled", type=click.FloatRange(0, 1), default=0.25, show_default=True,
+              help="Rank only points with at most this share of their time modelled.")  # fmt: skip
+@click.option("--all", "show_all", is_flag=True, help="Print every point, not only the best of each GPU and stack.")
+@click.option("--report", type=_path, metavar="FILE", help="Write an HTML report that works offline.")
+@data_option
+@json_option
+def cost(models: tuple[str, ...], gpus: list[str] | None, stacks: list[str], parallels: list[str] | None,
+         batches: list[float] | None, min_rate: float, max_modelled: float, show_all: bool, report: Path | None,
+         as_json: bool, **options: Any) -> None:  # fmt: skip
+    """Price MODELS over GPUs, stacks, parallelisms and batches; print the cheapest that are fast enough.
+
+    \b
+    Examples:
+      tokenfab cost deepseek-v3 --gpu h100,h200,b200 --stack vllm,sglang,trtllm
+      tokenfab cost gpt-oss-120b --min-tokens-per-s-per-user 100 --report out/report.html
+    """
+    from .costing.document import document
+    from .costing.study import run_study, study
+    from .costing.tables import print_study
+
+    if as_json and len(models) > 1:
+        raise ValueError(f"--json: expected one model; got {len(models)}")
+    plans = [study(model, gpus, stacks, parallels, batches, **options) for model in models]
+    results = [run_study(plan, show_progress=not as_json) for plan in plans]
+    if as_json:
+        _print_json(document(results[0].model.name, results[0].points, results[0].skipped))
+    else:
+        for result in results:
+            print_study(result, min_rate, max_modelled, show_all)
+    if report is not None:
+        from .costing.report import write_report
+
+        write_report(report, results, min_rate, max_modelled)
+        click.echo(f"report: {report}", err=as_json)
+
+
+@cli.group(cls=Group)
+def published() -> None:
+    """The published kernel measurements: what is there, what one op takes, how well they interpolate."""
+
+
+@published.command("tables")
+@gpu_option
+@data_option
+@json_option
+def published_tables(gpu: str, published_data: Path | None, as_json: bool) -> None:
+    """Which tables there are for a GPU, per stack: version, rows, kernels."""
+    from .bench.gpus import get_gpu
+    from .bench.published import PublishedData
+    from .bench.published_inventory import inventory
+    from .costing.tables import inventory_table
+
+    rows = inventory(PublishedData(published_data), get_gpu(gpu))
+    _show(as_json, lambda: rows, lambda: inventory_table(rows))
+
+
+@published.command("check")
+@_comma("--gpu", "gpus", "See `tokenfab gpus`.", default="h100,h200,b200,b300,gb200,gb300", show_default=True)
+@stacks_option
+@data_option
+@json_option
+def published_check(gpus: list[str], stacks: list[str], published_data: Path | None, as_json: bool) -> None:
+    """Leave-one-out error of interpolation, per table: median and 95th percentile on the decode range."""
+    from .costing.study import run_check
+    from .costing.tables import check_summary, errors_table
+
+    errors = run_check(gpus, stacks, published_data, show_progress=not as_json)
+    _show(as_json, lambda: [asdict(row) for row in errors], lambda: errors_table(errors), lambda: check_summary(errors))
+
+
+@published.command("op")
+@click.argument("kind", type=click.Choice(["gemm", "moe", "attention", "mla"]))
+@click.argument("shape", nargs=-1, required=True)
+@gpu_option
+@stacks_option
+@data_option
+@json_option
+def published_op(
+    kind: str, shape: tuple[str, ...], gpu: str, stacks: list[str], published_data: Path | None, as_json: bool
+) -> None:
+    """The time of one op. SHAPE is a list of FIELD=VALUE; a missing or unknown field is named.
+
+    \b
+    Examples:
+      tokenfab published op gemm m=64 n=7168 k=16384 weight=fp8_block activation=fp8_group --gpu h100
+      tokenfab published op moe num_tokens=128 hidden=7168 inter=2048 top_k=8 num_experts=256 ep=8 \\
+               weight=fp8_block activation=fp8_group --gpu h100
+      tokenfab published op attention batch=16 length=8192 num_heads=64 num_kv_heads=8 head_dim=128 --gpu h200
+      tokenfab published op mla batch=32 length=32768 num_heads=128 kv_lora_rank=512 rope_dim=64 --gpu h100
+    """
+    from .bench.published import PublishedData
+    from .bench.published_inventory import op_timings
+    from .costing.tables import timings_table
+
+    rows = op_timings(PublishedData(published_data), kind, shape, gpu, stacks)
+    _show(as_json, lambda: rows, lambda: timings_table(rows))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    cli.main(args=sys.argv[1:], prog_name="tokenfab")
+
+
+if __name__ == "__main__":
+    main()

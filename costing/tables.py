@@ -1,0 +1,328 @@
+"""Tables for people. Numbers in the unit of the column's head; provenance in words, not in colour alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..bench.decode_plan import OMITTED
+from ..bench.deployment import Precision
+from ..bench.gpus import Gpu
+from ..bench.model_config import GqaAttention, ModelConfig
+from ..bench.published_check import TableError
+from .cost import StepCost
+from .prices import Price
+from .study import StudyResult
+from .sweep import Parallel, Skipped, best_points
+
+
+def console() -> Console:
+    """Standard output; wide enough for every table where it is not a terminal."""
+    probe = Console()
+    return probe if probe.is_terminal else Console(width=170, highlight=False)
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> Table:
+    """``left``: that many columns are text, aligned left; the rest are numbers."""
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", overflow="fold", no_wrap=index >= left)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    return table
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    """Significant digits without an exponent; a dash where there is no value."""
+    if value is None:
+        return "-"
+    if value == 0:
+        return "0"
+    size = f"{value:.{digits}g}"
+    return f"{float(size):,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{float(size):g}"
+
+
+def _usd(value: float) -> str:
+    """Dollars per million tokens: three significant digits from a cent on."""
+    return f"{value:.2f}" if value >= 10 else f"{value:.3f}" if value >= 0.1 else f"{value:.4f}"
+
+
+def _attention(model: ModelConfig) -> str:
+    kinds = []
+    for attention in dict.fromkeys(layer.attention for layer, _ in model.layers):
+        if isinstance(attention, GqaAttention):
+            window = f" window {attention.window}" if attention.window else ""
+            kinds.append(f"GQA {attention.num_heads}/{attention.num_kv_heads} x {attention.head_dim}{window}")
+        else:
+            sparse = f", DSA top-{attention.indexer.top_k}" if attention.indexer else ""
+            kinds.append(f"MLA {attention.num_heads} x ({attention.kv_lora_rank} + {attention.rope_dim}){sparse}")
+    return " + ".join(dict.fromkeys(kinds))
+
+
+def models_table(models: Sequence[ModelConfig]) -> Table:
+    rows = [
+        (
+            m.name,
+            _attention(m),
+            m.native_precision or "-",
+            m.num_layers,
+            m.hidden_size,
+            f"{m.num_parameters / 1e9:.1f}",
+            f"{m.num_active_parameters / 1e9:.2f}",
+            f"{m.kv_values_per_token():,}",
+        )
+        for m in models
+    ]
+    columns = ("model", "attention", "checkpoint", "layers", "hidden", "B parameters", "B active", "KV values/token")
+    return _table("Models", columns, rows, left=3)
+
+
+def precisions_table(precisions: Sequence[Precision]) -> Table:
+    rows = [
+        (
+            p.name,
+            f"{p.linear} x {p.linear_activation}",
+            f"{p.experts} x {p.experts_activation}",
+            p.kv,
+            p.dispatch,
+            p.title,
+        )
+        for p in precisions
+    ]
+    columns = ("precision", "linear layers", "experts", "KV cache", "dispatch", "")
+    return _table("Precisions (weights x activations)", columns, rows, left=6)
+
+
+def plain_price_lines(result: dict[str, float]) -> list[str]:
+    lines = [f"${result['usd_per_mtok']:.4g} per million tokens"]
+    if "joules_per_token" in result:
+        lines.append(f"{result['tokens_per_s_per_mw']:,.0f} tokens/s/MW, {result['joules_per_token']:.3g} J/token")
+    return lines
+
+
+def gpus_table(gpus: Sequence[Gpu]) -> Table:
+    def tera(value: float | None) -> str:
+        return "-" if value is None else f"{value / 1e12:,.0f}"
+
+    rows = [
+        (
+            g.name,
+            g.title,
+            g.compute_capability,
+            tera(g.bf16_flops_per_s),
+            tera(g.fp8_flops_per_s),
+            tera(g.fp4_flops_per_s),
+            f"{g.memory_bytes / 1024**3:.0f}",
+            f"{g.memory_bytes_per_s / 1e12:.2f}",
+            f"{g.tdp_w:.0f}",
+            f"{g.link_bytes_per_s / 1e9:.0f} x {g.scale_up_gpus}",
+            g.source,
+        )
+        for g in gpus
+    ]
+    columns = ("gpu", "name", "cc", "BF16 TFLOP/s", "FP8", "FP4", "GiB", "TB/s", "W", "link GB/s x GPUs", "source")
+    table = _table("GPUs (dense datasheet peaks, links one way)", columns, rows, left=3)
+    table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
+    return table
+
+
+def prices_table(prices: Sequence[Price]) -> Table:
+    rows = [
+        (p.gpu, p.tier, p.date, p.source, p.note, f"{p.usd_per_gpu_hour:.3f}", _number(p.kw_per_gpu, 4)) for p in prices
+    ]
+    return _table("Prices", ("gpu", "tier", "date", "source", "note", "$/GPU-h", "kW/GPU"), rows, left=5)
+
+
+def step_table(cost: StepCost) -> Table:
+    """One decode step op by op, dearest first."""
+    step, deployment = cost.step, cost.step.deployment
+    title = (
+        f"{step.model.name} on {step.gpu.title}, {step.stack}, {deployment.precision.name}: {deployment.describe()}, "
+        f"{deployment.batch_per_gpu:g} sequences/GPU x {deployment.context} tokens"
+    )
+    rows = [
+        (
+            op.timed.call.name,
+            op.timed.call.op.shape(),
+            op.timed.provenance,
+            op.timed.source,
+            op.timed.call.calls_per_step,
+            f"{op.timed.time_s * 1e3:.3f}",
+            f"{op.share:.1%}",
+            f"{op.timed.floor_s / op.timed.time_s:.0%}",
+            _usd(op.usd_per_mtok),
+            _usd(op.saving_usd_per_mtok),
+        )
+        for op in sorted(cost.ops(), key=lambda op: -op.usd_per_mtok)
+    ]
+    columns = (
+        "op",
+        "shape",
+        "provenance",
+        "source",
+        "calls",
+        "ms/step",
+        "share",
+        "of floor",
+        "$/M",
+        "$/M saved at floor",
+    )
+    return _table(title, columns, rows, left=4)
+
+
+def step_summary(cost: StepCost) -> list[str]:
+    """The totals, where they are from and what they leave out."""
+    step = cost.step
+    watts = cost.tokens_per_s_per_mw
+    lines = [
+        f"step {step.step_s * 1e3:.2f} ms (roofline {step.floor_s * 1e3:.2f} ms): "
+        f"{cost.tokens_per_s_per_gpu:,.0f} tokens/s/GPU, {cost.tokens_per_s_per_user:.1f} tokens/s/user"
+        + (f", {watts:,.0f} tokens/s/MW, {cost.joules_per_token:.2f} J/token" if watts else ""),
+        f"${_usd(cost.usd_per_mtok_output)} per million output tokens (decode GPUs only) at "
+        f"${cost.price.usd_per_gpu_hour:g}/GPU-h: {cost.price.describe()}",
+        f"of the time, {_coverage(cost)}",
+    ]
+    for op in cost.suspects():
+        lines.append(
+            f"look twice: {op.timed.call.name} takes {op.share:.0%} of the step at "
+            f"{op.timed.floor_s / op.timed.time_s:.1%} of its roofline; the row is a fact about this stack's path "
+            f"({op.timed.source}), not the kernel's limit"
+        )
+    return [*lines, "left out: " + "; ".join(OMITTED)]
+
+
+def _coverage(cost: StepCost) -> str:
+    return ", ".join(f"{share:.0%} {name}" for name, share in cost.step.coverage().items())
+
+
+def points_table(title: str, points: Sequence[StepCost]) -> Table:
+    rows = []
+    for point in points:
+        step, deployment = point.step, point.step.deployment
+        parallel = Parallel(deployment.attention_tp, deployment.attention_dp, deployment.expert_parallel)
+        shares = step.coverage()
+        rows.append(
+            (
+                step.gpu.name,
+                str(step.stack),
+                str(parallel),
+                deployment.gpus,
+                f"{deployment.batch_per_gpu:g}",
+                f"{step.step_s * 1e3:.2f}",
+                f"{point.tokens_per_s_per_gpu:,.0f}",
+                f"{point.tokens_per_s_per_user:.1f}",
+                f"{point.price.usd_per_gpu_hour:.2f}",
+                _usd(point.usd_per_mtok_output),
+                "/".join(f"{share:.0%}" for share in shares.values()),
+                ", ".join(op.timed.call.name for op in point.suspects()) or "-",
+            )
+        )
+    columns = (
+        "gpu",
+        "stack",
+        "parallel",
+        "GPUs",
+        "batch/GPU",
+        "step ms",
+        "tok/s/GPU",
+        "tok/s/user",
+        "$/GPU-h",
+        "$/M output",
+        "meas/interp/model",
+        "look twice",
+    )
+    table = _table(title, columns, rows, left=3)
+    table.columns[-1].justify = "left"
+    return table
+
+
+def skipped_lines(skipped: Sequence[Skipped]) -> list[str]:
+    """One line per GPU for what does not fit, one per reason for the rest."""
+    unfit: dict[str, dict[str, None]] = {}
+    reasons: dict[str, dict[str, None]] = {}
+    for row in skipped:
+        if row.reason.startswith("memory:"):
+            unfit.setdefault(row.gpu, {})[row.parallel] = None
+        else:
+            reasons.setdefault(row.reason, {})[row.parallel] = None
+    lines = [f"no batch fits on {gpu} at {', '.join(parallels)}" for gpu, parallels in unfit.items()]
+    return lines + [f"{', '.join(parallels)}: {reason}" for reason, parallels in reasons.items()]
+
+
+def errors_table(errors: Sequence[TableError]) -> Table:
+    rows = [
+        (e.gpu, e.stack, e.table, e.variant, e.held_out, f"{e.num_rows:,}", f"{e.median:.1%}", f"{e.p95:.1%}")
+        for e in errors
+    ]
+    title = "Leave-one-out error of interpolation: every inner row, or plane of rows, predicted from its neighbours"
+    return _table(title, ("gpu", "stack", "table", "variant", "held out", "rows", "median", "p95"), rows, left=5)
+
+
+def check_summary(errors: Sequence[TableError]) -> list[str]:
+    """How many tables meet the aim of a median of 5 % and a 95th percentile of 20 %."""
+    good_median = sum(error.median <= 0.05 for error in errors)
+    good_p95 = sum(error.p95 <= 0.20 for error in errors)
+    rows = sum(error.num_rows for error in errors)
+    return [
+        f"{len(errors)} checks, {rows:,} held-out rows: median <= 5 % in {good_median}, p95 <= 20 % in {good_p95}",
+        "Each check bridges about twice the gap of a real query, so the error is an upper estimate.",
+    ]
+
+
+def inventory_table(rows: Sequence[dict[str, Any]]) -> Table:
+    cells = [
+        (
+            r["stack"],
+            r["table"],
+            r["version"],
+            ", ".join(r["kernels"][:6]) + (", ..." if len(r["kernels"]) > 6 else ""),
+            f"{r['rows']:,}",
+        )
+        for r in rows
+    ]
+    return _table("Published tables", ("stack", "table", "version", "kernels", "rows"), cells, left=4)
+
+
+def timings_table(rows: Sequence[dict[str, Any]]) -> Table:
+    cells = [
+        (
+            r["stack"],
+            r["provenance"],
+            r["source"],
+            f"{r['time_s'] * 1e6:.2f}",
+            f"{r['floor_s'] * 1e6:.2f}",
+            f"{r['floor_s'] / r['time_s']:.0%}",
+        )
+        for r in rows
+    ]
+    title = f"{rows[0]['op']} {rows[0]['shape']} on {rows[0]['gpu']}"
+    return _table(title, ("stack", "provenance", "source", "us", "floor us", "of floor"), cells, left=3)
+
+
+def print_study(result: StudyResult, min_tokens_per_s_per_user: float, max_modelled: float, show_all: bool) -> None:
+    """The best points, or all, and what could not be."""
+    out, sweep = console(), result.sweep
+    title = f"{sweep.model.name}, {sweep.precision.name}, {sweep.context} tokens of context: "
+    if show_all:
+        out.print(points_table(title + f"all {len(result.points)} points", result.points))
+    best = best_points(result.points, min_tokens_per_s_per_user, max_modelled)
+    title += f"cheapest at >= {min_tokens_per_s_per_user:g} tokens/s/user, of {len(result.points)} points"
+    if best:
+        out.print(points_table(title, best))
+    else:
+        fastest = max(point.tokens_per_s_per_user for point in result.points)
+        out.print(f"{title}: none; the fastest reaches {fastest:.1f} tokens/s/user", soft_wrap=True)
+    unranked = sum(point.step.coverage()["modelled"] > max_modelled for point in result.points)
+    if unranked:
+        out.print(
+            f"not ranked: {unranked} points with more than {max_modelled:.0%} of their time modelled", soft_wrap=True
+        )
+    for source in dict.fromkeys(point.price.describe() for point in best):
+        out.print(f"price: {source}", soft_wrap=True)
+    out.print("left out: " + "; ".join(OMITTED), soft_wrap=True)
+    for line in skipped_lines(result.skipped):
+        out.print(f"skipped: {line}", soft_wrap=True)
+    out.print()
