@@ -45,7 +45,7 @@ class StepTime:
     def coverage(self) -> dict[str, float]:
         """Share of the step's time by provenance."""
         total = self.step_s
-        shares = dict.fromkeys(PROVENANCES, 0.0)
+        shares: dict[str, float] = dict.fromkeys(PROVENANCES, 0.0)
         for op in self.ops:
             shares[op.provenance] += op.time_s / total
         return shares
