@@ -199,7 +199,7 @@ def price(tokens_per_s: float, usd_per_gpu_hour: float, kw: float | None, as_jso
 @click.argument("model")
 @gpu_option
 @click.option("--stack", default="vllm", show_default=True, help="vllm, sglang, trtllm; NAME@VERSION for an older one.")
-@click.option("--parallel", help="tp8, dp8-ep8, tp2-dp4-ep8, ...; by default the fewest GPUs that fit, DP and EP.")
+@click.option("--parallel", help="tp8, dp8-ep8, tp2-dp4-ep8, dp8-ep8-ag, ...; by default the fewest GPUs, DP and EP.")
 @click.option("--batch", type=float, default=32, show_default=True, help="Sequences per GPU.")
 @model_options
 @price_options
@@ -227,7 +227,7 @@ def step(model: str, gpu: str, stack: str, parallel: str | None, batch: float, a
 @click.argument("models", nargs=-1, required=True)
 @_comma("--gpu", "gpus", "h100, h200, b200, b300, gb200, gb300 by default.")
 @stacks_option
-@_comma("--parallel", "parallels", "tp8, dp8-ep8, tp2-dp4-ep8, ...; a range of them by default.")
+@_comma("--parallel", "parallels", "tp8, dp8-ep8, tp2-dp4-ep8, dp8-ep8-ag (all-gather), ...; a range by default.")
 @_comma("--batch", "batches", "Sequences per GPU; powers of two that fit by default.", item=float)
 @model_options
 @price_options

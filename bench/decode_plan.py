@@ -2,9 +2,9 @@
 
 Two ways to be expert parallel. With one attention group (``attention_dp == 1``) tokens are
 replicated: each rank runs its experts on all of them, then an all-reduce. With several, an
-all-to-all dispatches each rank's tokens to the experts' ranks and combines the results; where
-experts are split by tensor parallelism too, tokens are gathered and results reduce-scattered
-instead. An op's name says its place in the layer, its ``op.kind`` what it is.
+all-to-all dispatches each rank's tokens to the experts' ranks and combines the results; with
+``exchange="all_gather"``, or where experts are split by tensor parallelism too, every rank gets all
+tokens and the results are reduce-scattered. An op's name says its place in the layer, its ``op.kind`` what it is.
 
 What a sum over the plan leaves out is in ``OMITTED``.
 """
@@ -213,6 +213,7 @@ def _moe(plan: _Plan, moe: MoeFfn, count: int) -> None:
         precision.experts,
         precision.experts_activation,
         deployment.load,
+        deployment.dispatches,
     )
     if moe.shared_intermediate_size:
         _gated_ffn(plan, "shared", moe.shared_intermediate_size // tp, count)
@@ -222,7 +223,7 @@ def _moe(plan: _Plan, moe: MoeFfn, count: int) -> None:
         return
     # a tensor-parallel attention group shares the sending of its tokens, then gathers the results
     sent = -(-rows // tp)
-    if deployment.expert_tp == 1:
+    if deployment.dispatches:
         route = (sent, hidden, moe.top_k, moe.num_experts, deployment.expert_parallel)
         plan.add("dispatch", ExpertAllToAll("dispatch", *route, precision.dispatch), count)
         plan.add("experts", experts, count, "moe")

@@ -11,6 +11,9 @@ from .model_config import MlaAttention, ModelConfig, MoeFfn
 DEFAULT_RESERVE_BYTES = 4 * GIB
 """Activations, workspaces, CUDA graphs and NCCL; public estimators use 3.5 to 4.5 GiB."""
 
+EXCHANGES = ("all_to_all", "all_gather")
+"""How tokens reach the experts' ranks when attention is data parallel."""
+
 LOADS = ("balanced", "power_law_1.01", "power_law_1.2")
 """Expert load distributions of the published MoE tables."""
 
@@ -100,6 +103,8 @@ class Deployment:
         tokens_per_step: new tokens per sequence in one step (1 + drafts when verifying).
         kept_tokens_per_step: how many of them are kept on average (the acceptance length).
         load: expert load, one of ``LOADS``.
+        exchange: "all_to_all" sends each token to its experts' ranks and back; "all_gather" gives
+            every rank all tokens and reduce-scatters the results.
     """
 
     gpus: int
@@ -112,6 +117,7 @@ class Deployment:
     kept_tokens_per_step: float = 1.0
     reserve_bytes: int = DEFAULT_RESERVE_BYTES
     load: str = "balanced"
+    exchange: str = "all_to_all"
 
     def __post_init__(self) -> None:
         for field in ("gpus", "attention_tp", "expert_parallel", "context", "tokens_per_step"):
@@ -141,6 +147,7 @@ class Deployment:
         )
         _require(self.reserve_bytes >= 0, "reserve_bytes", "0 or more", self.reserve_bytes)
         _require(self.load in LOADS, "load", f"one of {', '.join(LOADS)}", self.load)
+        _require(self.exchange in EXCHANGES, "exchange", f"one of {', '.join(EXCHANGES)}", self.exchange)
 
     @property
     def attention_dp(self) -> int:
@@ -151,6 +158,11 @@ class Deployment:
     def expert_tp(self) -> int:
         """Ways each expert is split."""
         return self.gpus // self.expert_parallel
+
+    @property
+    def dispatches(self) -> bool:
+        """Whether tokens travel to the experts by all-to-all: several attention groups, whole experts."""
+        return self.attention_dp > 1 and self.expert_tp == 1 and self.exchange == "all_to_all"
 
     @property
     def sequences(self) -> int:
@@ -172,6 +184,8 @@ class Deployment:
             parts.append(f"EP{self.expert_parallel}")
         if self.expert_tp > 1:
             parts.append(f"expert TP{self.expert_tp}")
+        if self.attention_dp > 1 and self.expert_tp == 1:
+            parts.append(self.exchange.replace("_", "-"))
         return ", ".join(parts)
 
 

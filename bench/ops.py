@@ -118,7 +118,8 @@ class Experts(Op):
     ``num_tokens`` are the tokens of the whole group; this rank holds ``num_experts / ep`` experts,
     each split ``tp`` ways. ``load`` is "balanced" (tokens spread evenly: at most as many experts
     touched as there are rows) or "power_law_A" (touched experts counted as for uniform random
-    choice, an upper estimate).
+    choice, an upper estimate). ``dispatched``: only the tokens that chose this rank's experts arrive,
+    through an all-to-all; otherwise all of the group's tokens are on every rank.
     """
 
     kind = "moe"
@@ -132,6 +133,7 @@ class Experts(Op):
     weight: str = "bf16"
     activation: str = "bf16"
     load: str = "balanced"
+    dispatched: bool = False
 
     @property
     def rows(self) -> float:

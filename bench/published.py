@@ -285,7 +285,9 @@ class PublishedData:
             source = (
                 f"{_stack_name(query.table, stack)} {version} {query.table.name}: {rows.kernel_names[found.kernel]}"
             )
-            timing = Timing(found.time_s, provenance, f"{source} ({found.note})" if found.note else source)
+            notes = "; ".join(note for note in (found.note, query.caveat) if note)
+            provenance = MODELLED if query.caveat else provenance
+            timing = Timing(found.time_s, provenance, f"{source} ({notes})" if notes else source)
             if query.plus is None:
                 return timing
             more = self._from_tables(query.plus, gpu, stack)

@@ -3,10 +3,12 @@
 Facts about ``aiconfigurator-core``'s tables (0.12.0, Apache-2.0), checked against its collectors:
 ``latency`` is in milliseconds except in the all-to-all tables (microseconds); ``isl + step`` is the
 KV length; MoE ``num_tokens`` are those of the whole expert-parallel group and the row contains the
-top-k choice; all-to-all ``num_tokens`` are those of one rank; ``message_size`` of both the custom
-all-reduce and NCCL tables counts *elements*, not bytes; DeepEP tables without ``ep_size`` ran one
-rank per GPU of ``node_num`` nodes. Timing replays a CUDA graph over the same buffers without an L2
-flush: small weights may be warm.
+top-k choice. With ``moe_ep_size`` > 1, vLLM's and SGLang's MoE rows ran all of the group's tokens on
+the one rank measured (their time grows with the group's tokens at any ep); SGLang's wide-EP table
+and TensorRT-LLM's rows ran only the tokens that stay. All-to-all ``num_tokens`` are those of one
+rank; ``message_size`` of both the custom all-reduce and NCCL tables counts *elements*, not bytes;
+DeepEP tables without ``ep_size`` ran one rank per GPU of ``node_num`` nodes. Timing replays a CUDA
+graph over the same buffers without an L2 flush: small weights may be warm.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ class Table:
 class Query:
     """An op put to a table: the columns' values, and the op at other values of near and axes.
 
-    ``plus``: a second row whose time belongs to the op too.
+    ``plus``: a second row whose time belongs to the op too. ``caveat``: why even the exact row is
+    only a model of this op.
     """
 
     table: Table
@@ -72,12 +75,17 @@ class Query:
     axes: tuple[float, ...]
     at: Callable[[tuple[float, ...], tuple[float, ...]], Op]
     plus: Query | None = None
+    caveat: str = ""
 
 
 GEMM = Table("gemm", "gemm_perf", ("gemm_dtype",), (), ("m", "n", "k"))
 MOE = Table(
     "moe", "moe_perf", ("moe_dtype", "distribution"),
     ("hidden_size", "inter_size", "topk", "num_experts", "moe_ep_size", "moe_tp_size"), ("num_tokens",),
+)  # fmt: skip
+WIDE_EP_MOE = Table(
+    "moe", "wideep_generation_moe_perf", ("moe_dtype", "distribution"),
+    ("hidden_size", "inter_size", "topk", "num_experts", "moe_ep_size"), ("num_tokens",),
 )  # fmt: skip
 ATTENTION = Table(
     "attention", "generation_attention_perf", ("kv_cache_dtype", "head_dim", "window_size"),
@@ -108,8 +116,8 @@ DEEPEP = {
     for phase in ("dispatch", "combine")
 }  # fmt: skip
 TABLES = (
-    GEMM, MOE, ATTENTION, MLA, MLA_MODULE, DSA_MODULE, MLA_BMM, ALL_REDUCE, NCCL, ALL_TO_ALL, NVLINK_ALL_TO_ALL,
-    *DEEPEP.values(),
+    GEMM, MOE, WIDE_EP_MOE, ATTENTION, MLA, MLA_MODULE, DSA_MODULE, MLA_BMM, ALL_REDUCE, NCCL,
+    ALL_TO_ALL, NVLINK_ALL_TO_ALL, *DEEPEP.values(),
 )  # fmt: skip
 """Every table tokenfab reads."""
 
@@ -154,9 +162,19 @@ def _moe(op: Experts, gpu: Gpu, stack: str) -> list[Query]:
     dtype = MOE_DTYPES.get((op.weight, op.activation))
     if dtype is None:
         return []
-    at = _at(op, ("hidden", "inter", "top_k", "num_experts", "ep", "tp"), ("num_tokens",))
+    fields = ("hidden", "inter", "top_k", "num_experts", "ep", "tp")
     shape = (op.hidden, op.inter, op.top_k, op.num_experts, op.ep, op.tp)
-    return [Query(MOE, (dtype, op.load), shape, (op.num_tokens,), at)]
+    axes = (op.num_tokens,)
+    if not op.dispatched or stack == "trtllm":  # its rows scale with the tokens that stay on the rank
+        return [Query(MOE, (dtype, op.load), shape, axes, _at(op, fields, ("num_tokens",)))]
+    replicated = Query(
+        MOE, (dtype, op.load), shape, axes, _at(op, fields, ("num_tokens",)),
+        caveat="an upper estimate: the row ran all of the group's tokens through this rank",
+    )  # fmt: skip
+    if stack == "vllm":
+        return [replicated]
+    load = {"balanced": "uniform"}.get(op.load, op.load)
+    return [Query(WIDE_EP_MOE, (dtype, load), shape[:5], axes, _at(op, fields[:5], ("num_tokens",))), replicated]
 
 
 def _attention(op: PagedAttention, gpu: Gpu, stack: str) -> list[Query]:

@@ -66,6 +66,7 @@ def point_dict(cost: StepCost) -> dict[str, Any]:
         "attention_dp": deployment.attention_dp,
         "expert_parallel": deployment.expert_parallel,
         "expert_tp": deployment.expert_tp,
+        "exchange": deployment.exchange,
         "load": deployment.load,
         "batch_per_gpu": deployment.batch_per_gpu,
         "context": deployment.context,

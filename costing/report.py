@@ -207,7 +207,7 @@ def _best_table(best: Sequence[StepCost]) -> str:
     rows = []
     for point in best:
         deployment, shares = point.step.deployment, point.step.coverage()
-        parallel = Parallel(deployment.attention_tp, deployment.attention_dp, deployment.expert_parallel)
+        parallel = Parallel.of(deployment)
         rows.append(
             (
                 point.step.gpu.title,

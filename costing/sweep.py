@@ -16,17 +16,8 @@ from .cost import StepCost
 from .prices import Price
 
 DEFAULT_PARALLEL = (
-    "tp1",
-    "tp2",
-    "tp4",
-    "tp8",
-    "tp4-ep4",
-    "tp8-ep8",
-    "dp2-ep2",
-    "dp4-ep4",
-    "dp8-ep8",
-    "dp16-ep16",
-    "dp32-ep32",
+    *("tp1", "tp2", "tp4", "tp8", "tp4-ep4", "tp8-ep8"),
+    *("dp2-ep2", "dp4-ep4", "dp8-ep8", "dp16-ep16", "dp32-ep32", "dp2-ep2-ag", "dp4-ep4-ag", "dp8-ep8-ag"),
 )
 DEFAULT_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 DEFAULT_MAX_MODELLED = 0.25
@@ -36,11 +27,15 @@ DEFAULT_GPUS = ("h100", "h200", "b200", "b300", "gb200", "gb300")
 
 @dataclass(frozen=True)
 class Parallel:
-    """Attention TP x DP over the GPUs, experts spread ``expert_parallel`` ways and split by the rest."""
+    """Attention TP x DP over the GPUs, experts spread ``expert_parallel`` ways and split by the rest.
+
+    ``all_gather``: tokens reach the experts by all-gather instead of all-to-all.
+    """
 
     attention_tp: int = 1
     attention_dp: int = 1
     expert_parallel: int = 1
+    all_gather: bool = False
 
     @property
     def gpus(self) -> int:
@@ -48,26 +43,34 @@ class Parallel:
 
     @classmethod
     def parse(cls, text: str) -> Parallel:
-        """``"tp8"``, ``"tp8-ep8"``, ``"dp8-ep8"``, ``"tp2-dp4-ep8"``: what is not named is 1.
+        """``"tp8"``, ``"tp8-ep8"``, ``"dp8-ep8"``, ``"tp2-dp4-ep8"``: what is not named is 1; ``-ag``: all-gather.
 
         Raises:
             ValueError: not of that form, or experts spread wider than the GPUs.
         """
         fields = {"tp": "attention_tp", "dp": "attention_dp", "ep": "expert_parallel"}
         values: dict[str, int] = {}
-        for part in text.lower().split("-"):
+        stem = text.lower().removesuffix("-ag")
+        for part in stem.split("-"):
             match = re.fullmatch(r"(tp|dp|ep)([1-9]\d{0,3})", part)
             if match is None or fields[match[1]] in values:
                 raise ValueError(f"parallel: expected a form like tp8, dp8-ep8 or tp2-dp4-ep8; got {text!r}")
             values[fields[match[1]]] = int(match[2])
-        parallel = cls(**values)
+        parallel = cls(**values, all_gather=stem != text.lower())
         if parallel.gpus % parallel.expert_parallel:
             raise ValueError(f"parallel: expected ep to divide the {parallel.gpus} GPUs of {text!r}")
         return parallel
 
     def __str__(self) -> str:
         parts = [("tp", self.attention_tp), ("dp", self.attention_dp), ("ep", self.expert_parallel)]
-        return "-".join(f"{name}{value}" for name, value in parts if value > 1) or "tp1"
+        text = "-".join(f"{name}{value}" for name, value in parts if value > 1) or "tp1"
+        return f"{text}-ag" if self.all_gather else text
+
+    @classmethod
+    def of(cls, deployment: Deployment) -> Parallel:
+        """The notation of a deployment."""
+        gathers = deployment.exchange == "all_gather"
+        return cls(deployment.attention_tp, deployment.attention_dp, deployment.expert_parallel, gathers)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class Sweep:
             self.tokens_per_step,
             self.kept_tokens_per_step,
             load=self.load,
+            exchange="all_gather" if parallel.all_gather else "all_to_all",
         )
 
 

@@ -202,7 +202,7 @@ def points_table(title: str, points: Sequence[StepCost]) -> Table:
     rows = []
     for point in points:
         step, deployment = point.step, point.step.deployment
-        parallel = Parallel(deployment.attention_tp, deployment.attention_dp, deployment.expert_parallel)
+        parallel = Parallel.of(deployment)
         shares = step.coverage()
         rows.append(
             (
