@@ -3,6 +3,15 @@
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
+
+
+class BuildPy(build_py):
+    """Keeps this file out of the package that its own folder is."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        return [module for module in super().find_package_modules(package, package_dir) if module[1] != "setup"]
+
 
 VERSION = next(
     line.split('"')[1]
@@ -19,10 +28,11 @@ TEST = [
     "pytest>=8.3",
     "pytest-benchmark>=5.3.1",
     "ruff>=0.12",
-    "setuptools>=68",
+    "setuptools>=70.1",
 ]
 
 setup(
+    cmdclass={"build_py": BuildPy},
     name="tokenfab",
     version=VERSION,
     description="What one GPU kernel contributes to the price of a token",

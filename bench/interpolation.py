@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -38,6 +39,11 @@ class Grid:
     axes: tuple[np.ndarray, ...]
     time_s: np.ndarray
     kernel: np.ndarray
+
+    @cached_property
+    def is_dense(self) -> bool:
+        """Whether every cell has a row."""
+        return bool(np.isfinite(self.time_s).all())
 
     @classmethod
     def from_rows(cls, columns: Sequence[np.ndarray], time_s: np.ndarray, kernel: np.ndarray) -> Grid:
@@ -102,17 +108,27 @@ def look_up(grid: Grid, at: tuple[float, ...], floor: Floor, names: Sequence[str
 
 
 def _between(grid: Grid, at: tuple[float, ...], floor: Floor, cell: tuple[int, ...]) -> float:
-    """Interpolate the axes after ``cell`` at ``at``, those of ``cell`` on their rows; NaN next to a hole."""
+    """Interpolate the axes after ``cell`` at ``at``, those of ``cell`` on their rows; NaN where rows lack on a side."""
     depth = len(cell)
     if depth == len(grid.axes):
         return float(grid.time_s[cell])
     axis, value = grid.axes[depth], at[depth]
     index = int(np.searchsorted(axis, value))
-    high_time = _between(grid, at, floor, (*cell, index))
-    if axis[index] == value:
+    if grid.is_dense:
+        above, below = index, index - 1
+    else:  # each row of a ragged table has coordinates of its own
+        rows = np.flatnonzero(np.isfinite(grid.time_s[cell]).any(axis=tuple(range(1, grid.time_s.ndim - depth))))
+        place = int(np.searchsorted(rows, index))
+        if place == len(rows):
+            return math.nan
+        above, below = int(rows[place]), int(rows[place - 1]) if place else -1
+    high_time = _between(grid, at, floor, (*cell, above))
+    if axis[above] == value:
         return high_time
-    low_time = _between(grid, at, floor, (*cell, index - 1))
-    low, high = float(axis[index - 1]), float(axis[index])
+    if below < 0:
+        return math.nan
+    low_time = _between(grid, at, floor, (*cell, below))
+    low, high = float(axis[below]), float(axis[above])
     before = tuple(float(grid.axes[position][row]) for position, row in enumerate(cell))
     after = at[depth + 1 :]
     upper = weight(

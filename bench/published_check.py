@@ -14,9 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .gpus import Gpu
+from .decode_plan import decode_plan, merge_mla_block
+from .deployment import Deployment, get_precision
+from .gpus import Gpu, get_gpu
 from .interpolation import Grid, predict_inner
-from .ops import Collective, ExpertAllToAll, Experts, Gemm, MlaAttention, Op, PagedAttention
+from .models import load_model
+from .ops import AttentionModule, Collective, ExpertAllToAll, Experts, Gemm, MlaAttention, Op, PagedAttention
 from .published import PublishedData, Stack
 from .published_tables import GEMM_DTYPES, KV_DTYPES, MOE_DTYPES, Query, queries
 
@@ -42,8 +45,12 @@ def check_tables(data: PublishedData, gpu: Gpu, stack: Stack) -> Iterator[TableE
     """The error of every decode table of one stack on one GPU, per variant and axis."""
     for table, variant, probes in _probes():
         errors: dict[str, list[np.ndarray]] = {}
-        for query in (found[0] for found in (queries(probe, gpu, stack.name) for probe in probes) if found):
-            for grid, near in _grids(data, gpu, stack, query):
+        for probe in probes:
+            query = next(iter(queries(probe, gpu, stack.name)), None)
+            if query is None:
+                continue
+            only = query.near if isinstance(probe, AttentionModule) else None
+            for grid, near in _grids(data, gpu, stack, query, only):
                 floor_s = _floors(grid, query, near, gpu)
                 for axis, column in enumerate(query.table.axes):
                     errors.setdefault(column, []).append(_held_out(grid, floor_s, axis))
@@ -69,17 +76,33 @@ def _probes() -> Iterator[tuple[str, str, list[Op]]]:
         ]
         yield "generation_attention", f"{kv} KV", paged
         yield "generation_mla", f"{kv} KV", [MlaAttention(1, 1024, 128, 512, 64, kv)]
+    for name, model in (("mla_generation_module", "deepseek-v3"), ("dsa_generation_module", "deepseek-v3.2")):
+        for precision in ("bf16", "fp8", "nvfp4"):
+            yield name, precision, [_module(model, precision)]
     yield "all_reduce", "bf16", [Collective("all_reduce", 4096, 2)]
     for phase in ("dispatch", "combine"):
         yield "all_to_all", phase, [ExpertAllToAll(phase, 16, 7168, 8, 256, 8, "bf16")]
 
 
-def _grids(data: PublishedData, gpu: Gpu, stack: Stack, query: Query) -> Iterator[tuple[Grid, tuple[float, ...]]]:
-    """Every grid with the query's exact columns, of the newest version that has any."""
+def _module(model: str, precision: str) -> AttentionModule:
+    """The attention block of a model on one GPU, all heads."""
+    deployment = Deployment(1, 1, 1, get_precision(precision), 1, 1024)
+    calls = decode_plan(load_model(model), get_gpu("gb300"), deployment, check_memory=False)
+    (module,) = [
+        call.op for call in merge_mla_block(calls, deployment.precision.linear) if call.name == "attention_module"
+    ]
+    assert isinstance(module, AttentionModule)
+    return module
+
+
+def _grids(
+    data: PublishedData, gpu: Gpu, stack: Stack, query: Query, only: tuple[float, ...] | None
+) -> Iterator[tuple[Grid, tuple[float, ...]]]:
+    """Every grid with the query's exact columns (and the shape ``only``), of the newest version that has any."""
     fixed = len(query.exact)
     for _, path in data.files(gpu, stack, query.table):
         rows = data.rows(path, query.table)
-        keys = [key for key in rows.keys if key[:fixed] == query.exact]
+        keys = [key for key in rows.keys if key[:fixed] == query.exact and only in (None, key[fixed:])]
         for key in keys:
             grid = rows.grid(key)
             assert grid is not None

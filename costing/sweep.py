@@ -17,7 +17,8 @@ from .prices import Price
 
 DEFAULT_PARALLEL = (
     *("tp1", "tp2", "tp4", "tp8", "tp4-ep4", "tp8-ep8"),
-    *("dp2-ep2", "dp4-ep4", "dp8-ep8", "dp16-ep16", "dp32-ep32", "dp2-ep2-ag", "dp4-ep4-ag", "dp8-ep8-ag"),
+    *("dp2-ep2", "dp4-ep4", "dp8-ep8", "dp16-ep16", "dp32-ep32"),
+    *("dp2-ep2-ag", "dp4-ep4-ag", "dp8-ep8-ag", "dp16-ep16-ag"),
 )
 DEFAULT_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 DEFAULT_MAX_MODELLED = 0.25

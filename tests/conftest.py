@@ -1,0 +1,43 @@
+"""Shared fixtures: the installed published tables, and a small tree of made-up ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def published() -> Any:
+    """The published tables of the installed package."""
+    from tokenfab.bench.published import PublishedData
+
+    return PublishedData()
+
+
+WriteTable = Callable[[str, dict[str, list[Any]]], Path]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> tuple[Path, WriteTable]:
+    """An empty tree of published tables and a function that writes one table into it.
+
+    The function takes ``system/family/stack/version/table`` and the columns; scalars are repeated.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "query_versions.yaml").write_text('defaults: {vllm: {current: "2.0"}, sglang: {current: "2.0"}}\n')
+    (tmp_path / "data" / "h100_sxm").mkdir(parents=True)
+
+    def write(place: str, columns: dict[str, Any]) -> Path:
+        path = tmp_path / "data" / f"{place}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        length = max(len(value) for value in columns.values() if isinstance(value, list))
+        filled = {name: value if isinstance(value, list) else [value] * length for name, value in columns.items()}
+        pq.write_table(pa.table({"kernel_source": ["kernel"] * length, **filled}), path)
+        return path
+
+    return tmp_path, write
