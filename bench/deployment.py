@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..kernels.formats import get_format, matrix_rate
 from .gpus import GIB, Gpu
-from .model_config import MlaAttention, ModelConfig, MoeFfn
+from .model_config import DenseFfn, GqaAttention, ModelConfig
 
 DEFAULT_RESERVE_BYTES = 4 * GIB
 """Activations, workspaces, CUDA graphs and NCCL; public estimators use 3.5 to 4.5 GiB."""
@@ -121,7 +121,9 @@ class Deployment:
 
     def __post_init__(self) -> None:
         for field in ("gpus", "attention_tp", "expert_parallel", "context", "tokens_per_step"):
-            _require(getattr(self, field) >= 1, field, "at least 1", getattr(self, field))
+            value = getattr(self, field)
+            _require(value == int(value), field, "a whole number", value)
+            _require(value >= 1, field, "at least 1", value)
         _require(
             self.gpus % self.attention_tp == 0, "attention_tp", f"a divisor of {self.gpus} GPUs", self.attention_tp
         )
@@ -131,10 +133,10 @@ class Deployment:
             f"a divisor of {self.gpus} GPUs",
             self.expert_parallel,
         )
-        _require(self.batch_per_gpu > 0, "batch_per_gpu", "more than 0", self.batch_per_gpu)
+        _require(0 < self.batch_per_gpu < 2**31, "batch_per_gpu", "more than 0", self.batch_per_gpu)
         sequences = self.batch_per_gpu * self.attention_tp
         _require(
-            abs(sequences - round(sequences)) < 1e-6,
+            round(sequences) >= 1 and abs(sequences - round(sequences)) < 1e-6,
             "batch_per_gpu",
             f"a whole number of sequences per attention group of {self.attention_tp} GPUs",
             self.batch_per_gpu,
@@ -204,30 +206,28 @@ def check_divides(model: ModelConfig, deployment: Deployment) -> None:
     )
     _require(model.vocab_size % tp == 0, "attention_tp", f"a divisor of the vocabulary of {model.vocab_size}", tp)
     for layer, _ in model.layers:
-        heads = layer.attention.num_heads
-        _require(heads % tp == 0, "attention_tp", f"a divisor of {model.name}'s {heads} heads", tp)
-        if not isinstance(layer.attention, MlaAttention):
-            kv_heads = layer.attention.num_kv_heads
+        attention, ffn = layer.attention, layer.ffn
+        _divides(attention.num_heads, tp, "attention_tp", f"{model.name}'s {attention.num_heads} heads")
+        if isinstance(attention, GqaAttention):
+            kv_heads = attention.num_kv_heads
             _require(
                 kv_heads % tp == 0 or tp % kv_heads == 0,
                 "attention_tp",
                 f"a divisor or a multiple of {model.name}'s {kv_heads} KV heads",
                 tp,
             )
-        if isinstance(layer.ffn, MoeFfn):
-            experts, inter = layer.ffn.num_experts, layer.ffn.intermediate_size
-            _require(
-                experts % deployment.expert_parallel == 0,
-                "expert_parallel",
-                f"a divisor of {model.name}'s {experts} experts",
-                deployment.expert_parallel,
-            )
-            _require(
-                inter % deployment.expert_tp == 0,
-                "gpus / expert_parallel",
-                f"a divisor of the expert width {inter}",
-                deployment.expert_tp,
-            )
+        if isinstance(ffn, DenseFfn):
+            _divides(ffn.intermediate_size, tp, "attention_tp", f"the dense width {ffn.intermediate_size}")
+            continue
+        experts, shared = ffn.num_experts, ffn.shared_intermediate_size
+        _divides(experts, deployment.expert_parallel, "expert_parallel", f"{model.name}'s {experts} experts")
+        inter = ffn.intermediate_size
+        _divides(inter, deployment.expert_tp, "gpus / expert_parallel", f"the expert width {inter}")
+        _divides(shared, tp, "attention_tp", f"the shared experts' width {shared}")
+
+
+def _divides(whole: int, parts: int, field: str, what: str) -> None:
+    _require(whole % parts == 0, field, f"a divisor of {what}", parts)
 
 
 def check_precision(gpu: Gpu, precision: Precision) -> None:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..kernels.formats import MATRIX_RATES
+
 GIB = 1024**3
 _T = 1e12
 _G = 1e9
@@ -57,8 +59,10 @@ class Gpu:
         """Dense peak at ``rate`` ("bf16", "fp8", "fp4").
 
         Raises:
-            ValueError: this GPU has no matrix units of that rate.
+            ValueError: an unknown rate, or this GPU has no matrix units of it.
         """
+        if rate not in MATRIX_RATES:
+            raise ValueError(f"rate: expected one of {', '.join(MATRIX_RATES)}; got {rate!r}")
         peak = getattr(self, f"{rate}_flops_per_s")
         if peak is None:
             raise ValueError(f"gpu: {self.name} has no {rate.upper()} matrix units")

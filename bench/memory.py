@@ -2,7 +2,8 @@
 
 Per GPU: attention weights / attention_tp, experts / GPUs, dense and shared FFNs / attention_tp,
 embedding and LM head / attention_tp, the KV cache of the group's sequences, and a stated reserve.
-An MLA latent is not split by tensor parallelism: every rank of the group stores it.
+An MLA latent and its down-projections are not split by tensor parallelism: every rank of the group
+stores them.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from dataclasses import dataclass, replace
 from ..kernels.formats import get_format
 from .deployment import Deployment, Precision, check_divides
 from .gpus import Gpu
-from .model_config import DenseFfn, GqaAttention, Layer, MlaAttention, ModelConfig
+from .model_config import Attention, DenseFfn, GqaAttention, Layer, ModelConfig
 from .ops import index_key_bytes
 
 MAX_SEARCHED_GPUS = 1024
+_BF16_BYTES = 2.0
 
 
 class DoesNotFit(ValueError):
@@ -37,26 +39,38 @@ class Memory:
         return self.weights_bytes + self.kv_bytes + self.reserve_bytes - self.capacity_bytes
 
 
+def _attention_weight_bytes(hidden: int, attention: Attention, deployment: Deployment) -> float:
+    """One layer's attention weights on one GPU."""
+    tp, linear = deployment.attention_tp, get_format(deployment.precision.linear).bytes_per_value
+    if isinstance(attention, GqaAttention):
+        parameters = attention.num_parameters(hidden) / tp
+        if tp > attention.num_kv_heads:  # KV heads are replicated once the group is wider than they are many
+            key_value = 2 * hidden * attention.num_kv_heads * attention.head_dim
+            parameters += key_value * (1 / attention.num_kv_heads - 1 / tp)
+        return parameters * linear
+    indexer = attention.indexer_parameters(hidden)
+    whole = attention.replicated_parameters(hidden)
+    split = attention.num_parameters(hidden) - whole - indexer - attention.absorbed_parameters
+    total = (whole + indexer + split / tp) * linear
+    if attention.indexer is not None:  # its key and head-weight projections stay BF16
+        narrow = hidden * (attention.indexer.head_dim + attention.indexer.num_heads)
+        total += narrow * (_BF16_BYTES - linear)
+    return total + attention.absorbed_parameters / tp * _BF16_BYTES  # decoding keeps them in BF16
+
+
 def _layer_weight_bytes(model: ModelConfig, layer: Layer, deployment: Deployment) -> float:
     """One layer's weights on one GPU."""
     hidden, precision, tp = model.hidden_size, deployment.precision, deployment.attention_tp
     linear = get_format(precision.linear).bytes_per_value
-    # KV heads are replicated once the group is wider than they are many
-    attention = layer.attention.num_parameters(hidden) / tp
-    if isinstance(layer.attention, GqaAttention) and tp > layer.attention.num_kv_heads:
-        key_value = 2 * hidden * layer.attention.num_kv_heads * layer.attention.head_dim
-        attention += key_value * (1 / layer.attention.num_kv_heads - 1 / tp)
-    attention *= linear
-    if isinstance(layer.attention, MlaAttention):  # the absorbed projections are kept in BF16
-        attention += layer.attention.absorbed_parameters / tp * (2 - linear)
-    norms = 2 * 2 * hidden
+    fixed = _attention_weight_bytes(hidden, layer.attention, deployment) + 2 * hidden * _BF16_BYTES
     ffn = layer.ffn
     if isinstance(ffn, DenseFfn):
-        return attention + ffn.num_parameters(hidden) / tp * linear + norms
-    experts = ffn.num_experts * ffn.expert_parameters(hidden) * get_format(precision.experts).bytes_per_value
+        return fixed + ffn.num_parameters(hidden) / tp * linear
+    bias = ffn.expert_bias_parameters(hidden)
+    expert = (ffn.expert_parameters(hidden) - bias) * get_format(precision.experts).bytes_per_value + bias * _BF16_BYTES
     shared = ffn.shared_parameters(hidden) / tp * linear
-    router = 2 * ffn.router_parameters(hidden)
-    return attention + experts / deployment.gpus + shared + router + norms
+    router = ffn.router_parameters(hidden) * _BF16_BYTES
+    return fixed + ffn.num_experts * expert / deployment.gpus + shared + router
 
 
 def weight_bytes(model: ModelConfig, deployment: Deployment) -> float:

@@ -70,6 +70,11 @@ class MlaAttention:
         """The up-projections of k and v, which decoding folds into q and the output."""
         return self.kv_lora_rank * self.num_heads * (self.nope_dim + self.v_dim)
 
+    def replicated_parameters(self, hidden_size: int) -> int:
+        """What every rank of a tensor-parallel group holds whole: the down-projections and their norms."""
+        down = self.kv_lora_rank + self.rope_dim + (self.q_lora_rank or 0)
+        return hidden_size * down + self.kv_lora_rank + (self.q_lora_rank or 0)
+
     def indexer_parameters(self, hidden_size: int) -> int:
         if self.indexer is None:
             return 0
@@ -117,9 +122,11 @@ class MoeFfn:
     router: Router
     has_bias: bool = False
 
+    def expert_bias_parameters(self, hidden_size: int) -> int:
+        return 2 * self.intermediate_size + hidden_size if self.has_bias else 0
+
     def expert_parameters(self, hidden_size: int) -> int:
-        bias = 2 * self.intermediate_size + hidden_size if self.has_bias else 0
-        return 3 * hidden_size * self.intermediate_size + bias
+        return 3 * hidden_size * self.intermediate_size + self.expert_bias_parameters(hidden_size)
 
     def shared_parameters(self, hidden_size: int) -> int:
         return 3 * hidden_size * self.shared_intermediate_size

@@ -8,7 +8,6 @@ Sources: the configs published with the models; GLM-4.5's is written from its pu
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
@@ -40,7 +39,7 @@ Factor = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 class _Raw(msgspec.Struct, kw_only=True):
     hidden_size: Size
     vocab_size: Size
-    num_hidden_layers: Size
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=4096)]
     num_attention_heads: Size
     num_key_value_heads: Size
     intermediate_size: Size
@@ -164,6 +163,11 @@ class _Llama4Text(_Raw, kw_only=True):
 
 class _Llama4(msgspec.Struct):
     text_config: _Llama4Text
+    quantization_config: dict[str, Any] | None = None
+
+    def text(self) -> _Llama4Text:
+        self.text_config.quantization_config = self.quantization_config or self.text_config.quantization_config
+        return self.text_config
 
 
 class _SharedExpertMoe(_Raw, kw_only=True):
@@ -288,7 +292,7 @@ def model_from_config(text: str | bytes, name: str) -> ModelConfig:
         known = [item for item in architectures if item in ARCHITECTURES]
         _require(bool(known), "architectures", f"one of {', '.join(ARCHITECTURES)}", architectures)
         raw: Any = msgspec.json.decode(text, type=ARCHITECTURES[known[0]])
-        raw = raw.text_config if isinstance(raw, _Llama4) else raw
+        raw = raw.text() if isinstance(raw, _Llama4) else raw
         layers = raw.layers()
     except (msgspec.MsgspecError, ValueError) as error:
         raise ValueError(f"model {name}: {error}") from None
@@ -310,23 +314,26 @@ def shipped_models() -> list[str]:
 
 
 @lru_cache(maxsize=64)
+def _shipped(name: str) -> ModelConfig:
+    return model_from_config((SHIPPED / f"{name}.json").read_bytes(), name)
+
+
 def load_model(name: str) -> ModelConfig:
     """A shipped model by name, or any ``config.json`` by path (the file or its folder).
 
     Raises:
         ValueError: neither a shipped name nor a readable config of a known architecture.
     """
-    shipped = SHIPPED / f"{name.lower()}.json"
-    is_path = os.sep in name or name.endswith(".json") or name in (".", "..")
-    if not is_path and shipped.is_file():
-        return model_from_config(shipped.read_bytes(), name.lower())
+    if name.lower() in shipped_models():
+        return _shipped(name.lower())
     path = Path(name)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(
-            f"model: expected one of {', '.join(shipped_models())}, or the path of a config.json; got {name!r}"
-        )
     try:
-        return model_from_config(path.read_bytes(), path.parent.name if path.name == "config.json" else path.stem)
+        path = path / "config.json" if name and path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(
+                f"model: expected one of {', '.join(shipped_models())}, or the path of a config.json; got {name!r}"
+            )
+        text = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"model: cannot read {path}: {error.strerror}") from None
+        raise ValueError(f"model: cannot read {name!r}: {error.strerror}") from None
+    return model_from_config(text, path.resolve().parent.name if path.name == "config.json" else path.stem)

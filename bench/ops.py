@@ -117,8 +117,8 @@ class Experts(Op):
 
     ``num_tokens`` are the tokens of the whole group; this rank holds ``num_experts / ep`` experts,
     each split ``tp`` ways. ``load`` is "balanced" (tokens spread evenly: at most as many experts
-    touched as there are rows) or "power_law_A" (touched experts counted as for uniform random
-    choice, an upper estimate). ``dispatched``: only the tokens that chose this rank's experts arrive,
+    touched as there are rows) or "power_law_A" (touched experts estimated as for uniform random
+    draws with replacement). ``dispatched``: only the tokens that chose this rank's experts arrive,
     through an all-to-all; otherwise all of the group's tokens are on every rank.
     """
 
@@ -143,7 +143,7 @@ class Experts(Op):
     @property
     def touched_experts(self) -> float:
         held = self.num_experts / self.ep
-        if self.load == "balanced":
+        if self.load == "balanced" or self.num_experts == 1:
             return min(held, self.rows)
         return held * -math.expm1(self.num_tokens * self.top_k * math.log1p(-1 / self.num_experts))
 

@@ -113,6 +113,18 @@ def test_all_to_all_is_in_microseconds(published: PublishedData) -> None:
         assert 20e-6 < timing.time_s < 200e-6
 
 
+def test_two_sided_dispatch_contains_its_preparation(published: PublishedData) -> None:
+    """TensorRT-LLM on GB200, 128 tokens over 8 ranks: 14.6 us to prepare and the dispatch itself."""
+    gpu = get_gpu("gb200")
+    stack = published.stack(gpu, "trtllm")
+    dispatch = published.time(ExpertAllToAll("dispatch", 128, 7168, 8, 256, 8, "fp8_group"), gpu, stack)
+    combine = published.time(ExpertAllToAll("combine", 128, 7168, 8, 256, 8, "bf16"), gpu, stack)
+    assert dispatch.provenance == combine.provenance == MEASURED
+    assert dispatch.source.endswith("+ alltoall_prepare")
+    assert dispatch.time_s == pytest.approx(14.582e-6 + 19.6e-6, rel=0.05)
+    assert combine.time_s == pytest.approx(37.533e-6, rel=0.001)
+
+
 def test_dispatched_experts_do_not_use_rows_of_replicated_tokens(published: PublishedData) -> None:
     """vLLM's and SGLang's EP rows ran every token of the group: no measurement of a dispatched layer."""
     replicated = moe(8192, 7168, 2048, 8, 256, 64, *FP8)

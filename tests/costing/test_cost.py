@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -94,6 +95,13 @@ def test_every_microsecond_has_a_price(cost: StepCost) -> None:
     for op in ops:
         at_floor = (op.timed.time_s - op.timed.floor_s) / cost.step.step_s * cost.usd_per_mtok_output
         assert op.saving_usd_per_mtok == pytest.approx(max(0, at_floor))
+
+
+def test_row_below_its_floor_saves_nothing(cost: StepCost) -> None:
+    """Weights that stayed in L2: no kernel at its roofline would make it cheaper."""
+    first, *rest = cost.step.ops
+    warm = replace(cost, step=replace(cost.step, ops=(replace(first, floor_s=2 * first.time_s), *rest)))
+    assert warm.ops()[0].saving_usd_per_mtok == 0
 
 
 def test_kept_tokens_not_drafted_ones_are_sold(published: PublishedData) -> None:

@@ -123,7 +123,10 @@ def test_hostile_names_are_inert(browser: Any, studies: list[StudyResult], tmp_p
     study_0 = studies[0]
     price = replace(stated_price("h100", 2.0), source=HOSTILE, note=HOSTILE, tier=HOSTILE)
     model = replace(study_0.sweep.model, name=HOSTILE)
-    points = [replace(p, price=price, step=replace(p.step, model=model)) for p in study_0.points]
+    gpus = {p.step.gpu.name: replace(p.step.gpu, title=HOSTILE + p.step.gpu.name) for p in study_0.points}
+    points = [
+        replace(p, price=price, step=replace(p.step, model=model, gpu=gpus[p.step.gpu.name])) for p in study_0.points
+    ]
     path = tmp_path / "hostile.html"
     hostile = StudyResult(replace(study_0.sweep, model=model), points, [])
     write_report(path, [hostile, studies[1]], 20.0, 0.25)

@@ -94,6 +94,9 @@ def test_frontier_against_brute_force(result: StudyResult) -> None:
 def test_batches_beyond_memory_are_left_out_and_a_hopeless_sweep_says_why() -> None:
     found = run_study(study("mixtral-8x22b", ["h200"], ["vllm"], ["tp4"], [1, 16, 4096]))
     assert [p.step.deployment.batch_per_gpu for p in found.points] == [1, 16]
+    most = largest_batch(found.model, found.points[0].step.gpu, found.points[0].step.deployment) // 4
+    edge = run_study(study("mixtral-8x22b", ["h200"], ["vllm"], ["tp4"], [most, most + 1]))
+    assert [p.step.deployment.batch_per_gpu for p in edge.points] == [most]
     with pytest.raises(
         ValueError, match="no point can be: memory: no batch fits: deepseek-v3 in fp8 at 4096 tokens on 8 x h100"
     ):
