@@ -121,7 +121,7 @@ def test_two_sided_dispatch_contains_its_preparation(published: PublishedData) -
     combine = published.time(ExpertAllToAll("combine", 128, 7168, 8, 256, 8, "bf16"), gpu, stack)
     assert dispatch.provenance == combine.provenance == MEASURED
     assert dispatch.source.endswith("+ alltoall_prepare")
-    assert dispatch.time_s == pytest.approx(14.582e-6 + 19.6e-6, rel=0.05)
+    assert dispatch.time_s == pytest.approx(14.582e-6 + 22.759e-6, rel=0.001)
     assert combine.time_s == pytest.approx(37.533e-6, rel=0.001)
 
 
