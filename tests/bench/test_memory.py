@@ -27,6 +27,7 @@ from tokenfab.bench.memory import (
     smallest_gpu_count,
     weight_bytes,
 )
+from tokenfab.bench.model_config import MoeFfn
 from tokenfab.bench.models import load_model, shipped_models
 
 GIB = 1024**3
@@ -484,9 +485,12 @@ def test_numbers_that_are_none_are_refused(changes: dict[str, Any], message: str
 def test_expert_biases_stay_bf16() -> None:
     """gpt-oss keeps them out of the MXFP4 blocks: 36 layers x 128 experts x (2 x 2880 + 2880) values."""
     model = load_model("gpt-oss-120b")
-    (layer, _), *_ = model.layers
-    bare = replace(model, layers=tuple((replace(x, ffn=replace(x.ffn, has_bias=False)), n) for x, n in model.layers))
+    layers = []
+    for layer, count in model.layers:
+        assert isinstance(layer.ffn, MoeFfn)
+        assert layer.ffn.has_bias
+        layers.append((replace(layer, ffn=replace(layer.ffn, has_bias=False)), count))
+    bare = replace(model, layers=tuple(layers))
     one = deploy(1, 1, 1, "mxfp4", 1)
     routers = 36 * 128 * 2
     assert weight_bytes(model, one) - weight_bytes(bare, one) == 36 * 128 * 3 * 2880 * 2 + routers
-    assert layer.ffn.has_bias
