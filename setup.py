@@ -24,11 +24,13 @@ TEST = [
     "basedpyright>=1.31",
     "hypothesis>=6.100",
     "import-linter>=2.1",
+    "ml_dtypes>=0.5",
     "playwright>=1.45",
     "pytest>=8.3",
     "pytest-benchmark>=5.3.1",
     "ruff>=0.12",
     "setuptools>=70.1",
+    "torchao>=0.18",
 ]
 
 setup(

@@ -1,0 +1,195 @@
+"""y = x . w^T with FP4 weights decoded to BF16 in registers (W4A16): small numbers of tokens.
+
+Math:    y[m, n] = factor * sum_k x[m, k] * e2m1(w[n, k]) * scale[n, k / block], FP32 accumulation.
+Shapes:  x (M, K) BF16, rows of any stride, last axis contiguous; w an ``Fp4Weight`` of (N, K); y (M, N).
+Layout:  weights are the M side of the matrix instruction and come from registers in fragment order
+         (``fp4_weights.py``); tokens are the N side, from shared memory, their k permuted alike.
+Bytes:   N K (4 + 8 / block) / 8 + 2 M K + M N x output; flops: 2 M N K.
+Accuracy: every product of an E2M1 code and its scale is exact in BF16, so the result is that of a
+         BF16 matmul over the dequantized weights.
+Edges:   M, N and K need not divide the tile; K must divide by the scale block.
+Errors:  ``ValueError`` before any launch, naming argument, expected, got.
+Source:  own layout; the technique of fragment-ordered weights is Marlin's (Frantar et al., 2024).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .checks import require, seen
+from .fp4_weights import NUM_WARPS, TILE_K, TILE_N, Fp4Weight
+
+
+@triton.jit
+def _mul_bf16x2(a, b):
+    """Products of the two BF16 halves of int32 words."""
+    return tl.inline_asm_elementwise(
+        "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _decode_e2m1_to_bf16(w, scale_0, scale_1):
+    """Four words of two BF16 each from a word of eight codes; scales are BF16 pairs times 2^126."""
+    value_0 = w & -0x7E3F7E40  # 0x81C081C0: sign 15, exponent and mantissa 8:6 of both halves
+    value_1 = (w << 3) & -0x7E3F7E40
+    value_2 = ((w << 1) & -0x7FFF8000) | ((w >> 3) & 0x01C001C0)
+    value_3 = ((w << 2) & -0x7FFF8000) | ((w << 6) & 0x01C001C0)
+    return (
+        _mul_bf16x2(value_0, scale_0),
+        _mul_bf16x2(value_1, scale_1),
+        _mul_bf16x2(value_2, scale_0),
+        _mul_bf16x2(value_3, scale_1),
+    )
+
+
+@triton.jit
+def _w4a16_kernel(
+    x_ptr, w_ptr, s_ptr, factor_ptr, y_ptr,
+    M, N, K, stride_xm, stride_ym, stride_ys, k_tiles, k_tiles_per_split,
+    BLOCK_M: tl.constexpr, BLOCKS_N: tl.constexpr, UNROLL: tl.constexpr, SCALE_HALVES: tl.constexpr,
+    SCALE_MUL: tl.constexpr, SCALE_ADD: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    pid_n, pid_m, pid_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    BLOCK_K: tl.constexpr = 128
+    BLOCK_N: tl.constexpr = 64 * BLOCKS_N
+    PARTS: tl.constexpr = 4 // BLOCKS_N  # programs that share a tile of 256 rows
+    WORDS: tl.constexpr = 4096  # int32 per tile
+    SCALES: tl.constexpr = SCALE_HALVES * 512  # int16 per tile
+    first = pid_k * k_tiles_per_split
+    trips = tl.minimum(k_tiles - first, k_tiles_per_split)
+    tile = (pid_n // PARTS).to(tl.int64) * k_tiles + first
+    part = pid_n % PARTS
+    k4 = tl.arange(0, 2)[:, None, None, None]
+    n76 = part * BLOCKS_N + tl.arange(0, BLOCKS_N)[None, :, None, None]
+    lane = tl.arange(0, 128)[None, None, :, None]
+    k32 = tl.arange(0, 4)[None, None, None, :]
+    w_ptrs = w_ptr + tile * WORDS + (((k4 * 4 + n76) * 128 + lane) * 4 + k32)
+    halves = tl.arange(0, SCALE_HALVES)[:, None, None]
+    s_rows = (halves * 4 + part * BLOCKS_N + tl.arange(0, BLOCKS_N)[None, :, None]) * 128
+    s_ptrs = s_ptr + tile * SCALES + (s_rows + tl.arange(0, 128)[None, None, :])
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m < M
+    x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + first * BLOCK_K + offs_k[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for trip in range(0, trips // UNROLL):
+        for step in tl.static_range(UNROLL):
+            w = tl.load(w_ptrs + step * WORDS)
+            scale = tl.load(s_ptrs + step * SCALES)
+            if EVEN_K:
+                x = tl.load(x_ptrs + step * BLOCK_K, mask=mask_m[:, None], other=0.0)
+            else:
+                mask_k = offs_k < K - (first + trip * UNROLL + step) * BLOCK_K
+                x = tl.load(x_ptrs + step * BLOCK_K, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            scale = scale.to(tl.uint16, bitcast=True).to(tl.uint32)  # no sign: the high byte needs no mask
+            scale = tl.reshape(scale, (SCALE_HALVES, BLOCKS_N, 128, 1)).to(tl.int32, bitcast=True)
+            scale_0 = (scale & 0xFF) * SCALE_MUL + SCALE_ADD
+            scale_1 = (scale >> 8) * SCALE_MUL + SCALE_ADD
+            scale_0, _ = tl.broadcast(scale_0, w)
+            scale_1, _ = tl.broadcast(scale_1, w)
+            value_0, value_1, value_2, value_3 = _decode_e2m1_to_bf16(w, scale_0, scale_1)
+            pairs = tl.join(tl.join(value_0, value_1), tl.join(value_2, value_3))
+            low, high = (pairs & 0xFFFF).to(tl.int16), (pairs >> 16).to(tl.int16)
+            values = tl.join(low, high).to(tl.bfloat16, bitcast=True)
+            # k4, n76, n54, n210, k65, k32, n3, k1, k0 -> the matrix instruction's own order of n and k
+            values = tl.reshape(values, (2, BLOCKS_N, 4, 8, 4, 4, 2, 2, 2))
+            values = tl.permute(values, (1, 2, 6, 3, 0, 5, 7, 4, 8))
+            values = tl.reshape(values, (BLOCK_N, BLOCK_K))
+            x = tl.reshape(x, (BLOCK_M, 4, 2, 4, 2, 2))  # k65, k4, k32, k1, k0
+            x = tl.permute(x, (0, 2, 3, 4, 1, 5))
+            x = tl.reshape(x, (BLOCK_M, BLOCK_K))
+            acc = tl.dot(values, tl.trans(x), acc)
+        w_ptrs += UNROLL * WORDS
+        s_ptrs += UNROLL * SCALES
+        x_ptrs += UNROLL * BLOCK_K
+    acc = acc * tl.load(factor_ptr)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    y_ptrs = y_ptr + pid_k.to(tl.int64) * stride_ys + offs_m[None, :].to(tl.int64) * stride_ym + offs_n[:, None]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_n[:, None] < N) & mask_m[None, :])
+
+
+@triton.jit
+def _sum_splits_kernel(parts_ptr, y_ptr, num_values, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """y = sum of the partial results, in the order of the splits: the same bits every time."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < num_values
+    total = tl.load(parts_ptr + offs, mask=mask, other=0.0)
+    for split in range(1, SPLITS):
+        total += tl.load(parts_ptr + split * num_values + offs, mask=mask, other=0.0)
+    tl.store(y_ptr + offs, total.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+SCALE_BITS = {"mxfp4": (0x00800080, 0), "nvfp4": (0x00100010, 0x75807580)}
+"""(multiplier, addend) that turn a prepared scale byte into a pair of BF16 times 2^126."""
+
+
+def w4a16_matmul(
+    x: torch.Tensor, weight: Fp4Weight, *, out_dtype: torch.dtype = torch.bfloat16, block_m: int = 16,
+    blocks_n: int = 4, split_k: int = 1, num_stages: int = 3,
+    workspace: torch.Tensor | None = None, out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """y = x . w^T: (M, K) BF16 by FP4 (N, K) -> (M, N) BF16 or FP32.
+
+    Args:
+        block_m: tokens per program, a power of two from 16. blocks_n: blocks of 64 output channels per
+            program, 2 or 4. split_k: programs that share one k range;
+            partial results are summed in a fixed order.
+        workspace: float32, at least split_k x M x N values, where split_k > 1; allocated if None.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came; nothing is launched.
+    """
+    require(x.dim() == 2 and x.dtype == torch.bfloat16, "x", "bfloat16 (M, K)", seen(x))
+    require(x.shape[1] == weight.num_columns, "x", f"K = {weight.num_columns}", f"K = {x.shape[1]}")
+    require(x.stride(1) == 1, "x", "a contiguous last axis", f"stride {x.stride()}")
+    require(
+        x.stride(0) % 8 == 0 or x.shape[0] <= 1, "x", "rows 16 bytes apart or a multiple of it", f"stride {x.stride()}"
+    )
+    require(x.device == weight.words.device, "x", f"device {weight.words.device}", x.device)
+    require(out_dtype in (torch.bfloat16, torch.float32), "out_dtype", "bfloat16 or float32", out_dtype)
+    require(block_m in (16, 32, 64, 128), "block_m", "16, 32, 64 or 128", block_m)
+    require(blocks_n in (2, 4), "blocks_n", "2 or 4", blocks_n)
+    tokens, rows, columns = x.shape[0], weight.num_rows, weight.num_columns
+    n_tiles, k_tiles = weight.words.shape[:2]
+    require(1 <= split_k <= k_tiles, "split_k", f"1 to {k_tiles}", split_k)
+    if out is None:
+        out = torch.empty((tokens, rows), dtype=out_dtype, device=x.device)
+    expected = ((tokens, rows), out_dtype)
+    require(
+        (tuple(out.shape), out.dtype) == expected and out.stride(-1) == 1,
+        "out",
+        f"{expected}, rows contiguous",
+        out.shape,
+    )
+    if tokens == 0:
+        return out
+    per_split = triton.cdiv(k_tiles, split_k)
+    split_k = triton.cdiv(k_tiles, per_split)  # no empty split
+    target = out
+    if split_k > 1:
+        require(out.is_contiguous(), "out", "contiguous where split_k > 1", f"stride {out.stride()}")
+        size = split_k * tokens * rows
+        workspace = torch.empty(size, dtype=torch.float32, device=x.device) if workspace is None else workspace
+        fits = workspace.dtype == torch.float32 and workspace.numel() >= size
+        require(fits, "workspace", f"float32, at least {size} values", f"{workspace.dtype} {workspace.numel()}")
+        target = workspace.view(-1)[:size].view(split_k, tokens, rows)
+    multiplier, addend = SCALE_BITS[weight.format]
+    unroll = 2 if per_split % 2 == 0 and k_tiles % 2 == 0 else 1
+    _w4a16_kernel[(n_tiles * (4 // blocks_n), triton.cdiv(tokens, block_m), split_k)](
+        x, weight.words, weight.scales, weight.factor, target,
+        tokens, rows, columns, x.stride(0), target.stride(-2), target.stride(0) if split_k > 1 else 0,
+        k_tiles, per_split,
+        BLOCK_M=block_m, BLOCKS_N=blocks_n, UNROLL=unroll, SCALE_HALVES=weight.scales.shape[2],
+        SCALE_MUL=multiplier, SCALE_ADD=addend, EVEN_K=columns % TILE_K == 0,
+        num_warps=NUM_WARPS, num_stages=num_stages,
+    )  # fmt: skip
+    if split_k > 1:
+        count = tokens * rows
+        _sum_splits_kernel[(triton.cdiv(count, 1024),)](target, out, count, SPLITS=split_k, BLOCK=1024)
+    return out
+
+
+assert TILE_N == 256  # the kernel's BLOCK_N
