@@ -1,0 +1,210 @@
+"""y = x . w^T with FP8 operands (W8A8): one scale per tensor, per row, or per block.
+
+Math:    tensor  y[m, n] = xs ws            sum_k x[m, k] w[n, k]
+         row     y[m, n] = xs[m] ws[n]      sum_k x[m, k] w[n, k]
+         block   y[m, n] = sum_g xs[m, g] ws[n / 128, g] sum_{k in g} x[m, k] w[n, k], g = k / 128
+Shapes:  x (M, K), w (N, K) float8_e4m3fn, last axes contiguous; xs and ws float32 as above ((M, K/128)
+         and (N/128, K/128) rounded up for block); y (M, N) BF16 or FP32.
+Accuracy: Hopper's FP8 matrix units keep about 14 bits of the running sum, so every 128 of k go into a
+         fresh accumulator that is added in FP32.
+Kernels: up to 64 tokens the weights are the M side of the matrix instruction and k may be split
+         (``_fp8_few_tokens_kernel``); beyond, a persistent kernel reads tiles through tensor
+         descriptors (``_fp8_many_tokens_kernel``).
+Errors:  ``ValueError`` before any launch, naming argument, expected, got.
+Source:  DeepSeek-V3 technical report section 3.3 (block scales, promotion to FP32); the swap of operands
+         at few tokens follows DeepGEMM and vLLM.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .checks import require, seen
+from .w4a16_matmul import _sum_splits_kernel
+
+SCALINGS = ("tensor", "row", "block")
+MAX_FEW_TOKENS = 64
+GROUP = 128
+
+
+@triton.jit
+def _fp8_few_tokens_kernel(
+    x_ptr, w_ptr, xs_ptr, ws_ptr, y_ptr,
+    M, N, K, stride_xm, stride_wn, stride_xsm, stride_wsn, stride_ym, stride_ys, k_tiles, k_tiles_per_split,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALING: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """One (BLOCK_N, BLOCK_M) tile of y^T over a range of k; BLOCK_K is 128."""
+    pid_n, pid_m, pid_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first = pid_k * k_tiles_per_split
+    last = tl.minimum(first + k_tiles_per_split, k_tiles)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = first * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    x_ptrs = x_ptr + offs_m[None, :].to(tl.int64) * stride_xm + offs_k[:, None]
+    w_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for tile in range(first, last):
+        if EVEN_K:
+            x = tl.load(x_ptrs, mask=mask_m[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_n[:, None], other=0.0)
+        else:
+            mask_k = offs_k < K
+            x = tl.load(x_ptrs, mask=mask_m[None, :] & mask_k[:, None], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+        part = tl.dot(w, x)
+        if SCALING == "block":
+            xs = tl.load(xs_ptr + offs_m.to(tl.int64) * stride_xsm + tile, mask=mask_m, other=0.0)
+            ws = tl.load(ws_ptr + (offs_n // 128).to(tl.int64) * stride_wsn + tile, mask=mask_n, other=0.0)
+            part = part * ws[:, None] * xs[None, :]
+        acc += part
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+        offs_k += BLOCK_K
+    if SCALING == "tensor":
+        acc = acc * (tl.load(xs_ptr) * tl.load(ws_ptr))
+    if SCALING == "row":
+        ws = tl.load(ws_ptr + offs_n, mask=mask_n, other=0.0)
+        xs = tl.load(xs_ptr + offs_m, mask=mask_m, other=0.0)
+        acc = acc * ws[:, None] * xs[None, :]
+    y_ptrs = y_ptr + pid_k.to(tl.int64) * stride_ys + offs_m[None, :].to(tl.int64) * stride_ym + offs_n[:, None]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
+
+
+@triton.jit
+def _fp8_many_tokens_kernel(
+    x_desc, w_desc, xs_ptr, ws_ptr, y_ptr,
+    M, N, stride_xsm, stride_wsn, stride_ym, k_tiles, num_programs,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALING: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Persistent: each program takes every ``num_programs``-th tile, in bands of GROUP_M rows of tiles."""
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, num_programs):
+        band = tile // (GROUP_M * tiles_n)
+        rows = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
+        within = tile % (GROUP_M * tiles_n)
+        pid_m, pid_n = band * GROUP_M + within % rows, within // rows
+        offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_m, mask_n = offs_m < M, offs_n < N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, k_tiles):
+            x = x_desc.load([pid_m * BLOCK_M, k * BLOCK_K])
+            w = w_desc.load([pid_n * BLOCK_N, k * BLOCK_K])
+            part = tl.dot(x, w.T)
+            if SCALING == "block":
+                xs = tl.load(xs_ptr + offs_m.to(tl.int64) * stride_xsm + k, mask=mask_m, other=0.0)
+                ws = tl.load(ws_ptr + (offs_n // 128).to(tl.int64) * stride_wsn + k, mask=mask_n, other=0.0)
+                part = part * xs[:, None] * ws[None, :]
+            acc += part
+        if SCALING == "tensor":
+            acc = acc * (tl.load(xs_ptr) * tl.load(ws_ptr))
+        if SCALING == "row":
+            xs = tl.load(xs_ptr + offs_m, mask=mask_m, other=0.0)
+            ws = tl.load(ws_ptr + offs_n, mask=mask_n, other=0.0)
+            acc = acc * xs[:, None] * ws[None, :]
+        y_ptrs = y_ptr + offs_m[:, None].to(tl.int64) * stride_ym + offs_n[None, :]
+        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+def fp8_matmul(
+    x: torch.Tensor, w: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, scaling: str, *,
+    out_dtype: torch.dtype = torch.bfloat16, block_m: int | None = None, block_n: int = 128, split_k: int = 1,
+    num_warps: int | None = None, num_stages: int = 4, num_programs: int | None = None,
+    workspace: torch.Tensor | None = None, out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """y = x . w^T: (M, K) by (N, K), both float8_e4m3fn -> (M, N) BF16 or FP32.
+
+    Args:
+        x_scale, w_scale: float32; "tensor": one value each; "row": M and N values; "block":
+            (M, ceil(K / 128)) and (ceil(N / 128), ceil(K / 128)).
+        split_k, workspace: as in ``w4a16_matmul``, up to 64 tokens only.
+        num_warps: by default as many as hold the accumulator without spills.
+        num_programs: of the persistent kernel, the GPU's multiprocessors by default.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came; nothing is launched.
+    """
+    for name, tensor in (("x", x), ("w", w)):
+        require(
+            tensor.dim() == 2 and tensor.dtype == torch.float8_e4m3fn, name, "float8_e4m3fn, two axes", seen(tensor)
+        )
+        require(tensor.stride(1) == 1, name, "a contiguous last axis", f"stride {tensor.stride()}")
+        aligned = tensor.stride(0) % 16 == 0 or tensor.shape[0] <= 1
+        require(aligned, name, "rows a multiple of 16 bytes apart", f"stride {tensor.stride()}")
+    (tokens, columns), rows = x.shape, w.shape[0]
+    require(w.shape[1] == columns, "w", f"K = {columns}, as x", f"K = {w.shape[1]}")
+    require(rows > 0 and columns > 0, "w", "N and K of 1 or more", seen(w))
+    require(scaling in SCALINGS, "scaling", f"one of {', '.join(SCALINGS)}", repr(scaling))
+    groups = triton.cdiv(columns, GROUP)
+    shapes = {
+        "tensor": ((1,), (1,)),
+        "row": ((tokens,), (rows,)),
+        "block": ((tokens, groups), (triton.cdiv(rows, GROUP), groups)),
+    }[scaling]
+    scales = []
+    for name, scale, shape in (("x_scale", x_scale, shapes[0]), ("w_scale", w_scale, shapes[1])):
+        size = shape[0] * (shape[1] if len(shape) > 1 else 1)
+        fits = (
+            scale.dtype == torch.float32 and scale.numel() == size and (len(shape) == 1 or tuple(scale.shape) == shape)
+        )
+        require(fits, name, f"float32 {shape}", seen(scale))
+        require(len(shape) == 1 or scale.stride(-1) == 1, name, "a contiguous last axis", f"stride {scale.stride()}")
+        scales.append(scale if len(shape) > 1 else scale.reshape(-1).contiguous())
+    for name, tensor in (("w", w), ("x_scale", x_scale), ("w_scale", w_scale)):
+        require(tensor.device == x.device, name, f"device {x.device}", tensor.device)
+    require(out_dtype in (torch.bfloat16, torch.float32), "out_dtype", "bfloat16 or float32", out_dtype)
+    if out is None:
+        out = torch.empty((tokens, rows), dtype=out_dtype, device=x.device)
+    fits = tuple(out.shape) == (tokens, rows) and out.dtype == out_dtype and out.stride(-1) == 1
+    require(fits, "out", f"{out_dtype} {(tokens, rows)}, rows contiguous", seen(out))
+    if tokens == 0:
+        return out
+    x_scale, w_scale = scales
+    stride_xs, stride_ws = (s.stride(0) if s.dim() == 2 else 0 for s in scales)
+    if tokens > MAX_FEW_TOKENS:
+        require(split_k == 1, "split_k", f"1 beyond {MAX_FEW_TOKENS} tokens", split_k)
+        block_m = block_m or 128
+        x_desc = TensorDescriptor.from_tensor(x, [block_m, GROUP])
+        w_desc = TensorDescriptor.from_tensor(w, [block_n, GROUP])
+        tiles = triton.cdiv(tokens, block_m) * triton.cdiv(rows, block_n)
+        num_programs = min(tiles, num_programs or _num_multiprocessors(x.device))
+        _fp8_many_tokens_kernel[(num_programs,)](
+            x_desc, w_desc, x_scale, w_scale, out,
+            tokens, rows, stride_xs, stride_ws, out.stride(0), groups, num_programs,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=GROUP, SCALING=scaling, GROUP_M=8,
+            num_warps=num_warps or 8, num_stages=num_stages,
+        )  # fmt: skip
+        return out
+    block_m = block_m or max(16, triton.next_power_of_2(tokens))
+    require(1 <= split_k <= groups, "split_k", f"1 to {groups}", split_k)
+    per_split = triton.cdiv(groups, split_k)
+    split_k = triton.cdiv(groups, per_split)  # no empty split
+    target = out
+    if split_k > 1:
+        require(out.is_contiguous(), "out", "contiguous where split_k > 1", f"stride {out.stride()}")
+        size = split_k * tokens * rows
+        workspace = torch.empty(size, dtype=torch.float32, device=x.device) if workspace is None else workspace
+        enough = workspace.dtype == torch.float32 and workspace.numel() >= size
+        require(enough, "workspace", f"float32, at least {size} values", seen(workspace))
+        target = workspace.view(-1)[:size].view(split_k, tokens, rows)
+    _fp8_few_tokens_kernel[(triton.cdiv(rows, block_n), triton.cdiv(tokens, block_m), split_k)](
+        x, w, x_scale, w_scale, target,
+        tokens, rows, columns, x.stride(0), w.stride(0), stride_xs, stride_ws,
+        target.stride(-2), target.stride(0) if split_k > 1 else 0, groups, per_split,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=GROUP, SCALING=scaling, EVEN_K=columns % GROUP == 0,
+        num_warps=num_warps or (4 if block_m * block_n <= 4096 else 8), num_stages=num_stages,
+    )  # fmt: skip
+    if split_k > 1:
+        count = tokens * rows
+        _sum_splits_kernel[(triton.cdiv(count, 1024),)](target, out, count, SPLITS=split_k, BLOCK=1024)
+    return out
+
+
+def _num_multiprocessors(device: torch.device) -> int:
+    """Programs of a persistent grid; any number is correct."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
