@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+torch.set_num_threads(1)  # thousands of small operations: a pool of threads only waits for itself
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     import triton_interpreter
 
