@@ -1,0 +1,162 @@
+"""y = x . w^T with both operands block-scaled: MXFP8 x MXFP8, MXFP4 x MXFP4, NVFP4 x NVFP4 (W4A4).
+
+Math:    y[m, n] = xg wg sum_b xs[m, b] ws[n, b] sum_{k in b} x[m, k] w[n, k], b = k / 32 (NVFP4: k / 16);
+         xg, wg are NVFP4's FP32 scales per tensor, 1 otherwise.
+Shapes:  x (M, K), w (N, K) float8_e4m3fn, or (M, K / 2), (N, K / 2) uint8, two E2M1 codes a byte, even k
+         low; xs (M, K / 32), ws (N, K / 32) uint8 E8M0, or (., K / 16) float8_e4m3fn for NVFP4.
+Kernel:  one, computing a . b^T for the operand ``a`` on the M side of the matrix instruction: the tokens
+         where there are many, the weights where there are at most 64, so that the 128 rows of a Blackwell
+         instruction are all used. ``tcgen05`` block-scaled on sm_100 and sm_103, ``mma.sync`` block-scaled on
+         sm_120. Before those Triton widens MX operands to BF16 and NVFP4 is refused: there, FP4 weights
+         prepared once for ``w4a16_matmul`` are the better way.
+Errors:  ``ValueError`` before any launch, naming argument, expected, got.
+Source:  OCP Microscaling Formats 1.0; PTX ISA, ``tcgen05.mma`` kinds mxf8f6f4, mxf4nvf4; Triton ``tl.dot_scaled``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .checks import require, seen
+from .w4a16_matmul import _sum_splits_kernel
+
+MAX_FEW_TOKENS = 64
+OPERANDS = {
+    # format: (dtype of the codes, codes per byte, values per scale, dtype of the scale, k per tile)
+    "mxfp8": (torch.float8_e4m3fn, 1, 32, torch.uint8, 128),
+    "mxfp4": (torch.uint8, 2, 32, torch.uint8, 256),
+    "nvfp4": (torch.uint8, 2, 16, torch.float8_e4m3fn, 256),
+}
+
+
+@triton.jit
+def _block_scaled_kernel(
+    a_ptr, b_ptr, as_ptr, bs_ptr, factor_ptr, y_ptr,
+    A, B, K, stride_a, stride_b, stride_as, stride_bs, stride_ya, stride_yb, stride_ys, k_tiles, k_tiles_per_split,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, PACK: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr, GROUP_A: tl.constexpr,
+):  # fmt: skip
+    """y[a, b] = factor sum_k a[a, k] b[b, k] over a range of k; programs go in bands of GROUP_A tiles of a."""
+    tiles_a, tiles_b = tl.cdiv(A, BLOCK_A), tl.cdiv(B, BLOCK_B)
+    tile, pid_k = tl.program_id(0), tl.program_id(1)
+    band = tile // (GROUP_A * tiles_b)
+    tall = tl.minimum(tiles_a - band * GROUP_A, GROUP_A)
+    within = tile % (GROUP_A * tiles_b)
+    first = pid_k * k_tiles_per_split
+    last = tl.minimum(first + k_tiles_per_split, k_tiles)
+    offs_a = (band * GROUP_A + within % tall) * BLOCK_A + tl.arange(0, BLOCK_A)
+    offs_b = within // tall * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask_a, mask_b = offs_a < A, offs_b < B
+    offs_k = first * (BLOCK_K // PACK) + tl.arange(0, BLOCK_K // PACK)
+    offs_s = first * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)
+    a_ptrs = a_ptr + offs_a[:, None].to(tl.int64) * stride_a + offs_k[None, :]
+    b_ptrs = b_ptr + offs_b[None, :].to(tl.int64) * stride_b + offs_k[:, None]
+    as_ptrs = as_ptr + offs_a[:, None].to(tl.int64) * stride_as + offs_s[None, :]
+    bs_ptrs = bs_ptr + offs_b[:, None].to(tl.int64) * stride_bs + offs_s[None, :]
+    kind: tl.constexpr = "e2m1" if PACK == 2 else "e4m3"
+    acc = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    for _ in range(first, last):
+        if EVEN_K:
+            a = tl.load(a_ptrs, mask=mask_a[:, None], other=0.0)
+            b = tl.load(b_ptrs, mask=mask_b[None, :], other=0.0)
+            a_scale = tl.load(as_ptrs, mask=mask_a[:, None], other=0.0)
+            b_scale = tl.load(bs_ptrs, mask=mask_b[:, None], other=0.0)
+        else:
+            mask_k, mask_s = offs_k < K // PACK, offs_s < K // GROUP
+            a = tl.load(a_ptrs, mask=mask_a[:, None] & mask_k[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=mask_b[None, :] & mask_k[:, None], other=0.0)
+            a_scale = tl.load(as_ptrs, mask=mask_a[:, None] & mask_s[None, :], other=0.0)
+            b_scale = tl.load(bs_ptrs, mask=mask_b[:, None] & mask_s[None, :], other=0.0)
+        acc = tl.dot_scaled(a, a_scale, kind, b, b_scale, kind, acc)
+        a_ptrs += BLOCK_K // PACK
+        b_ptrs += BLOCK_K // PACK
+        as_ptrs += BLOCK_K // GROUP
+        bs_ptrs += BLOCK_K // GROUP
+        offs_k += BLOCK_K // PACK
+        offs_s += BLOCK_K // GROUP
+    acc = acc * tl.load(factor_ptr)
+    y_ptrs = y_ptr + pid_k.to(tl.int64) * stride_ys
+    y_ptrs += offs_a[:, None].to(tl.int64) * stride_ya + offs_b[None, :].to(tl.int64) * stride_yb
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_a[:, None] & mask_b[None, :])
+
+
+def block_scaled_matmul(
+    x: torch.Tensor, w: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, format: str, *,
+    global_scale: torch.Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16,
+    block_m: int | None = None, block_n: int | None = None, split_k: int = 1, num_warps: int | None = None,
+    num_stages: int = 3,
+    workspace: torch.Tensor | None = None, out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """y = x . w^T with both operands in ``format`` -> (M, N) BF16 or FP32.
+
+    Args:
+        format: "mxfp8", "mxfp4" or "nvfp4"; shapes and dtypes as in the module's text. K divides by 32
+            (NVFP4: 16 values share a scale, K still divides by 32).
+        global_scale: NVFP4 only, float32 of one value: the product of both tensors' scales.
+        split_k, workspace: parts of k summed in a fixed order, and float32 room for split_k * M * N values.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came; nothing is launched.
+    """
+    require(format in OPERANDS, "format", f"one of {', '.join(OPERANDS)}", repr(format))
+    if format == "nvfp4" and x.device.type == "cuda":  # Triton 3.6.0 aborts the process compiling it for less
+        major = torch.cuda.get_device_capability(x.device)[0]
+        require(major >= 10, "format", "mxfp8 or mxfp4 below compute capability 10", f"nvfp4 on capability {major}")
+    dtype, pack, group, scale_dtype, block_k = OPERANDS[format]
+    for name, tensor, expected in (("x", x, dtype), ("w", w, dtype),
+                                   ("x_scale", x_scale, scale_dtype), ("w_scale", w_scale, scale_dtype)):  # fmt: skip
+        require(tensor.dim() == 2 and tensor.dtype == expected, name, f"{expected}, two axes", seen(tensor))
+        require(tensor.stride(1) == 1, name, "a contiguous last axis", f"stride {tensor.stride()}")
+        require(tensor.device == x.device, name, f"device {x.device}", tensor.device)
+    tokens, rows, columns = x.shape[0], w.shape[0], x.shape[1] * pack
+    require(columns > 0 and columns % 32 == 0, "x", "K a multiple of 32", f"K = {columns}")
+    require(w.shape[1] * pack == columns, "w", f"K = {columns}, as x", f"K = {w.shape[1] * pack}")
+    require(rows > 0, "w", "N of 1 or more", seen(w))
+    for name, scale, size in (("x_scale", x_scale, tokens), ("w_scale", w_scale, rows)):
+        require(tuple(scale.shape) == (size, columns // group), name, f"{(size, columns // group)}", seen(scale))
+    if format == "nvfp4":
+        require(global_scale is not None, "global_scale", "float32 of one value for nvfp4", global_scale)
+        assert global_scale is not None
+        fits = global_scale.dtype == torch.float32 and global_scale.numel() == 1 and global_scale.device == x.device
+        require(fits, "global_scale", f"float32 of one value on {x.device}", seen(global_scale))
+    else:
+        require(global_scale is None, "global_scale", f"None for {format}", global_scale)
+        global_scale = torch.ones((), device=x.device)
+    require(out_dtype in (torch.bfloat16, torch.float32), "out_dtype", "bfloat16 or float32", out_dtype)
+    if out is None:
+        out = torch.empty((tokens, rows), dtype=out_dtype, device=x.device)
+    fits = tuple(out.shape) == (tokens, rows) and out.dtype == out_dtype and out.stride(-1) == 1
+    require(fits and out.device == x.device, "out", f"{out_dtype} {(tokens, rows)}, rows contiguous", seen(out))
+    k_tiles = triton.cdiv(columns, block_k)
+    require(1 <= split_k <= k_tiles, "split_k", f"1 to {k_tiles}", split_k)
+    if tokens == 0:
+        return out
+    per_split = triton.cdiv(k_tiles, split_k)
+    split_k = triton.cdiv(k_tiles, per_split)  # no empty split
+    target = out
+    if split_k > 1:
+        require(out.is_contiguous(), "out", "contiguous where split_k > 1", f"stride {out.stride()}")
+        size = split_k * tokens * rows
+        workspace = torch.empty(size, dtype=torch.float32, device=x.device) if workspace is None else workspace
+        enough = workspace.dtype == torch.float32 and workspace.numel() >= size
+        require(enough, "workspace", f"float32, at least {size} values", seen(workspace))
+        target = workspace.view(-1)[:size].view(split_k, tokens, rows)
+    is_few = tokens <= MAX_FEW_TOKENS
+    block_m = block_m or (max(16, triton.next_power_of_2(tokens)) if is_few else 128)
+    block_n = block_n or (128 if is_few or format != "nvfp4" else 64)  # NVFP4 spills at 128 x 128 on sm_120
+    x_side = (x, x_scale, tokens, block_m, target.stride(-2))
+    w_side = (w, w_scale, rows, block_n, 1)
+    a, b = (w_side, x_side) if is_few else (x_side, w_side)
+    _block_scaled_kernel[(triton.cdiv(a[2], a[3]) * triton.cdiv(b[2], b[3]), split_k)](
+        a[0], b[0], a[1], b[1], global_scale, target,
+        a[2], b[2], columns, a[0].stride(0), b[0].stride(0), a[1].stride(0), b[1].stride(0), a[4], b[4],
+        target.stride(0) if split_k > 1 else 0, k_tiles, per_split,
+        BLOCK_A=a[3], BLOCK_B=b[3], BLOCK_K=block_k, PACK=pack, GROUP=group, EVEN_K=columns % block_k == 0, GROUP_A=8,
+        num_warps=num_warps or (4 if block_m * block_n <= 4096 else 8), num_stages=num_stages,
+    )  # fmt: skip
+    if split_k > 1:
+        count = tokens * rows
+        _sum_splits_kernel[(triton.cdiv(count, 1024),)](target, out, count, SPLITS=split_k, BLOCK=1024)
+    return out

@@ -1,0 +1,180 @@
+"""MXFP8, MXFP4 and NVFP4 on both sides: exact, every scale, tails, poison, split-K, bad input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tokenfab.kernels.block_scaled_matmul import OPERANDS, block_scaled_matmul
+from tokenfab.kernels.codec import QuantizedTensor, dequantize, pack_fp4, quantize
+from tokenfab.kernels.formats import get_format
+
+FORMATS = list(OPERANDS)
+SHAPES = [(1, 256, 256), (3, 300, 320), (64, 96, 1056), (65, 257, 160), (200, 131, 288)]
+
+
+@pytest.fixture(autouse=True)
+def native(device: torch.device, request: pytest.FixtureRequest) -> None:
+    is_old = device.type == "cuda" and torch.cuda.get_device_capability()[0] < 10
+    if is_old and "nvfp4" in request.node.name:
+        pytest.skip("NVFP4 on both sides needs a Blackwell GPU")
+
+
+def make_operand(format: str, rows: int, columns: int, seed: int, *, is_exact: bool) -> QuantizedTensor:
+    """Random values through the codec, or small integers under scales of 1/2, 1 and 2."""
+    generator = torch.Generator().manual_seed(seed)
+    if not is_exact:
+        return quantize(torch.randn(rows, columns, generator=generator) * 3, format)
+    row = get_format(format)
+    choice = torch.randint(0, 5, (rows, columns), generator=generator)
+    if row.packing:
+        data = pack_fp4(torch.tensor([0, 2, 4, 10, 12], dtype=torch.uint8)[choice])
+    else:
+        data = (choice - 2).float().to(torch.float8_e4m3fn)
+    scale_shape = row.scale_shape(rows, columns)
+    assert scale_shape is not None
+    exponents = torch.randint(-1, 2, scale_shape, generator=generator)
+    e4m3 = torch.exp2(exponents.float()).to(torch.float8_e4m3fn)
+    scale = e4m3 if row.scale == "e4m3" else (exponents + 127).to(torch.uint8)
+    return QuantizedTensor(row, data, scale, torch.tensor(0.5) if row.tensor_scale else None, (rows, columns))
+
+
+def multiply(x: QuantizedTensor, w: QuantizedTensor, device: torch.device, **options: Any) -> torch.Tensor:
+    assert x.scale is not None
+    assert w.scale is not None
+    factor = None
+    if x.global_scale is not None and w.global_scale is not None:
+        factor = (x.global_scale * w.global_scale).to(device)
+    operands = (t.to(device) for t in (x.data, w.data, x.scale, w.scale))
+    y = block_scaled_matmul(*operands, x.format.name, global_scale=factor, **{"out_dtype": torch.float32} | options)
+    return y.cpu().double()
+
+
+def expect(x: QuantizedTensor, w: QuantizedTensor) -> torch.Tensor:
+    return dequantize(x).double() @ dequantize(w).double().T
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_exact_on_representable_inputs(format: str, m: int, n: int, k: int, device: torch.device) -> None:
+    x, w = (make_operand(format, rows, k, seed=rows, is_exact=True) for rows in (m, n))
+    assert torch.equal(multiply(x, w, device), expect(x, w))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_random_inputs_against_float64(
+    format: str, m: int, n: int, k: int, out_dtype: torch.dtype, device: torch.device
+) -> None:
+    """Only accumulation in float32 and the output's rounding are left."""
+    x, w = (make_operand(format, rows, k, seed=rows + 1, is_exact=False) for rows in (m, n))
+    y, expected = multiply(x, w, device, out_dtype=out_dtype), expect(x, w)
+    bound = 4e-6 * (dequantize(x).double().abs() @ dequantize(w).double().abs().T)
+    if out_dtype == torch.bfloat16:
+        bound = bound + expected.abs() * 2.0**-8
+    assert ((y - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_scale_is_exact(format: str, device: torch.device) -> None:
+    """One row of weights per scale byte, against a token of ones: 2^-127 to 2^127, or all of E4M3."""
+    row = get_format(format)
+    scales = list(range(1, 0x7F)) if format == "nvfp4" else list(range(20, 235))
+    columns, per = 32, 32 // (16 if format == "nvfp4" else 32)
+    scale = torch.tensor(scales, dtype=torch.uint8)[:, None].repeat(1, per)
+    one = pack_fp4(torch.full((len(scales), columns), 2, dtype=torch.uint8)) if row.packing else None
+    data = one if one is not None else torch.ones(len(scales), columns).to(torch.float8_e4m3fn)
+    scale = scale.view(torch.float8_e4m3fn) if format == "nvfp4" else scale
+    one_scale = torch.tensor(1.0) if row.tensor_scale else None
+    w = QuantizedTensor(row, data, scale, one_scale, (len(scales), columns))
+    x = quantize(torch.ones(1, columns), format, **({"global_scale": 1.0} if row.tensor_scale else {}))
+    assert torch.equal(multiply(x, w, device), expect(x, w))
+    assert expect(x, w).unique().numel() == len(scales)
+
+
+@pytest.mark.parametrize("format", ["mxfp8", "mxfp4"])
+def test_a_nan_scale_reaches_its_row_and_no_other(format: str, device: torch.device) -> None:
+    x, w = (make_operand(format, rows, 64, seed=rows, is_exact=True) for rows in (4, 40))
+    assert x.scale is not None
+    expected = expect(x, w)
+    x.scale[1, 1] = 255
+    y = multiply(x, w, device)
+    assert y[1].isnan().all()
+    assert torch.equal(y[[0, 2, 3]], expected[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("m", [5, 70])
+@pytest.mark.parametrize("split_k", [2, 3, 5])
+def test_split_k_sums_every_part_once(format: str, m: int, split_k: int, device: torch.device) -> None:
+    x, w = (make_operand(format, rows, 1792, seed=rows, is_exact=True) for rows in (m, 130))
+    workspace = torch.full((split_k * m * 130 + 7,), float("nan"), device=device)
+    y = multiply(x, w, device, split_k=split_k, workspace=workspace)
+    assert torch.equal(y, expect(x, w))
+    assert workspace[split_k * m * 130 :].isnan().all()
+
+
+def test_many_bands_of_tiles(device: torch.device) -> None:
+    """19 tiles of tokens: two bands of 8 and a short one; 3 of rows."""
+    x, w = (make_operand("mxfp8", rows, 128, seed=rows, is_exact=True) for rows in (19 * 16 - 3, 70))
+    out = torch.full((19 * 16 - 3, 70), float("nan"), device=device)
+    assert torch.equal(multiply(x, w, device, block_m=16, block_n=32, out=out), expect(x, w))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("m", [3, 70])
+def test_poison_outside_is_neither_read_nor_written(format: str, m: int, device: torch.device) -> None:
+    """0xFF (NaN as E4M3 and E8M0) beyond the last row and column of all four inputs; NaN around y."""
+    x, w = (make_operand(format, rows, 160, seed=rows, is_exact=True) for rows in (m, 70))
+
+    def framed(tensor: torch.Tensor | None) -> torch.Tensor:
+        assert tensor is not None
+        rows, columns = tensor.shape
+        frame = torch.full((rows + 3, columns + 16), 0xFF, dtype=torch.uint8)
+        frame[:rows, :columns] = tensor.view(torch.uint8)
+        return frame.view(tensor.dtype).to(device)[:rows, :columns]
+
+    factor = torch.tensor(0.25, device=device) if format == "nvfp4" else None
+    out = torch.full((m, 96), float("nan"), device=device)
+    y = block_scaled_matmul(framed(x.data), framed(w.data), framed(x.scale), framed(w.scale), format,
+                            global_scale=factor, out_dtype=torch.float32, out=out[:, :70])  # fmt: skip
+    assert torch.equal(y.cpu().double(), expect(x, w))
+    assert out[:, 70:].isnan().all()
+
+
+def test_no_tokens(device: torch.device) -> None:
+    x, w = (make_operand("mxfp8", rows, 64, seed=1, is_exact=True) for rows in (0, 40))
+    assert multiply(x, w, device).shape == (0, 40)
+
+
+CODES, BYTES = torch.zeros(2, 64).to(torch.float8_e4m3fn), torch.full((2, 2), 127, dtype=torch.uint8)
+MXFP8 = {"x": CODES, "w": CODES, "x_scale": BYTES, "w_scale": BYTES, "format": "mxfp8"}
+PACKED, SCALES = torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 4).to(torch.float8_e4m3fn)
+NVFP4 = {"x": PACKED, "w": PACKED, "x_scale": SCALES, "w_scale": SCALES, "format": "nvfp4"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (MXFP8 | {"format": "fp8"}, "format: expected one of mxfp8, mxfp4, nvfp4; got 'fp8'"),
+        (MXFP8 | {"x": PACKED}, "x: expected torch.float8_e4m3fn, two axes; got torch.uint8"),
+        (MXFP8 | {"w": CODES[0]}, "w: expected torch.float8_e4m3fn, two axes"),
+        (MXFP8 | {"w_scale": SCALES}, "w_scale: expected torch.uint8, two axes; got torch.float8_e4m3fn"),
+        (MXFP8 | {"x_scale": BYTES.t()}, "x_scale: expected a contiguous last axis"),
+        (MXFP8 | {"x": CODES[:, :48]}, "x: expected K a multiple of 32; got K = 48"),
+        (MXFP8 | {"w": CODES[:, :32]}, "w: expected K = 64, as x; got K = 32"),
+        (MXFP8 | {"x_scale": BYTES[:1]}, r"x_scale: expected \(2, 2\)"),
+        (MXFP8 | {"global_scale": torch.ones(())}, "global_scale: expected None for mxfp8"),
+        (NVFP4, "global_scale: expected float32 of one value for nvfp4; got None"),
+        (NVFP4 | {"global_scale": torch.ones(2)}, "global_scale: expected float32 of one value on cpu"),
+        (MXFP8 | {"out_dtype": torch.float16}, "out_dtype: expected bfloat16 or float32"),
+        (MXFP8 | {"out": torch.empty(2, 3, dtype=torch.bfloat16)}, "out: expected"),
+        (MXFP8 | {"split_k": 2}, "split_k: expected 1 to 1; got 2"),
+    ],
+)
+def test_bad_input_before_any_launch(arguments: dict[str, Any], message: str) -> None:
+    """Refused on the host: no tensor here needs to be on a GPU."""
+    with pytest.raises(ValueError, match=message):
+        block_scaled_matmul(**arguments)
