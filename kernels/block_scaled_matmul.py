@@ -1,4 +1,4 @@
-"""y = x . w^T with both operands block-scaled: MXFP8 x MXFP8, MXFP4 x MXFP4, NVFP4 x NVFP4 (W4A4).
+"""y = x . w^T, both operands block-scaled: MXFP8 and NVFP4 and MXFP4 (W4A4), or MXFP4 by MXFP8 (W4A8).
 
 Math:    y[m, n] = xg wg sum_b xs[m, b] ws[n, b] sum_{k in b} x[m, k] w[n, k], b = k / 32 (NVFP4: k / 16);
          xg, wg are NVFP4's FP32 scales per tensor, 1 otherwise.
@@ -6,9 +6,9 @@ Shapes:  x (M, K), w (N, K) float8_e4m3fn, or (M, K / 2), (N, K / 2) uint8, two 
          low; xs (M, K / 32), ws (N, K / 32) uint8 E8M0, or (., K / 16) float8_e4m3fn for NVFP4.
 Kernel:  one, computing a . b^T for the operand ``a`` on the M side of the matrix instruction: the tokens
          where there are many, the weights where there are at most 64, so that the 128 rows of a Blackwell
-         instruction are all used. ``tcgen05`` block-scaled on sm_100 and sm_103, ``mma.sync`` block-scaled on
-         sm_120. Before those Triton widens MX operands to BF16 and NVFP4 is refused: there, FP4 weights
-         prepared once for ``w4a16_matmul`` are the better way.
+         instruction are all used. Block-scaled ``tcgen05`` on sm_100 and sm_103, block-scaled ``mma.sync``
+         on sm_120 (not MXFP4 by MXFP8). Elsewhere Triton widens MX operands to BF16, and NVFP4 is
+         refused: there, FP4 weights prepared once for ``w4a16_matmul`` are the better way.
 Errors:  ``ValueError`` before any launch, naming argument, expected, got.
 Source:  OCP Microscaling Formats 1.0; PTX ISA, ``tcgen05.mma`` kinds mxf8f6f4, mxf4nvf4; Triton ``tl.dot_scaled``.
 """
@@ -34,9 +34,9 @@ OPERANDS = {
 @triton.jit
 def _block_scaled_kernel(
     a_ptr, b_ptr, as_ptr, bs_ptr, factor_ptr, y_ptr,
-    A, B, K, stride_a, stride_b, stride_as, stride_bs, stride_ya, stride_yb, stride_ys, k_tiles, k_tiles_per_split,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, PACK: tl.constexpr, GROUP: tl.constexpr,
-    EVEN_K: tl.constexpr, GROUP_A: tl.constexpr,
+    A, B, K, stride_a, stride_b, stride_as, stride_bs, stride_ya, stride_yb, stride_ys, k_tiles_per_split,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PACK_A: tl.constexpr,
+    PACK_B: tl.constexpr, EVEN_K: tl.constexpr, GROUP_A: tl.constexpr,
 ):  # fmt: skip
     """y[a, b] = factor sum_k a[a, k] b[b, k] over a range of k; programs go in bands of GROUP_A tiles of a."""
     tiles_a, tiles_b = tl.cdiv(A, BLOCK_A), tl.cdiv(B, BLOCK_B)
@@ -45,17 +45,19 @@ def _block_scaled_kernel(
     tall = tl.minimum(tiles_a - band * GROUP_A, GROUP_A)
     within = tile % (GROUP_A * tiles_b)
     first = pid_k * k_tiles_per_split
-    last = tl.minimum(first + k_tiles_per_split, k_tiles)
+    last = tl.minimum(first + k_tiles_per_split, tl.cdiv(K, BLOCK_K))
     offs_a = (band * GROUP_A + within % tall) * BLOCK_A + tl.arange(0, BLOCK_A)
     offs_b = within // tall * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_a, mask_b = offs_a < A, offs_b < B
-    offs_k = first * (BLOCK_K // PACK) + tl.arange(0, BLOCK_K // PACK)
+    offs_ka = first * (BLOCK_K // PACK_A) + tl.arange(0, BLOCK_K // PACK_A)
+    offs_kb = first * (BLOCK_K // PACK_B) + tl.arange(0, BLOCK_K // PACK_B)
     offs_s = first * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)
-    a_ptrs = a_ptr + offs_a[:, None].to(tl.int64) * stride_a + offs_k[None, :]
-    b_ptrs = b_ptr + offs_b[None, :].to(tl.int64) * stride_b + offs_k[:, None]
+    a_ptrs = a_ptr + offs_a[:, None].to(tl.int64) * stride_a + offs_ka[None, :]
+    b_ptrs = b_ptr + offs_b[None, :].to(tl.int64) * stride_b + offs_kb[:, None]
     as_ptrs = as_ptr + offs_a[:, None].to(tl.int64) * stride_as + offs_s[None, :]
     bs_ptrs = bs_ptr + offs_b[:, None].to(tl.int64) * stride_bs + offs_s[None, :]
-    kind: tl.constexpr = "e2m1" if PACK == 2 else "e4m3"
+    kind_a: tl.constexpr = "e2m1" if PACK_A == 2 else "e4m3"
+    kind_b: tl.constexpr = "e2m1" if PACK_B == 2 else "e4m3"
     acc = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
     for _ in range(first, last):
         if EVEN_K:
@@ -64,17 +66,18 @@ def _block_scaled_kernel(
             a_scale = tl.load(as_ptrs, mask=mask_a[:, None], other=0.0)
             b_scale = tl.load(bs_ptrs, mask=mask_b[:, None], other=0.0)
         else:
-            mask_k, mask_s = offs_k < K // PACK, offs_s < K // GROUP
-            a = tl.load(a_ptrs, mask=mask_a[:, None] & mask_k[None, :], other=0.0)
-            b = tl.load(b_ptrs, mask=mask_b[None, :] & mask_k[:, None], other=0.0)
+            mask_ka, mask_kb, mask_s = offs_ka < K // PACK_A, offs_kb < K // PACK_B, offs_s < K // GROUP
+            a = tl.load(a_ptrs, mask=mask_a[:, None] & mask_ka[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=mask_b[None, :] & mask_kb[:, None], other=0.0)
             a_scale = tl.load(as_ptrs, mask=mask_a[:, None] & mask_s[None, :], other=0.0)
             b_scale = tl.load(bs_ptrs, mask=mask_b[:, None] & mask_s[None, :], other=0.0)
-        acc = tl.dot_scaled(a, a_scale, kind, b, b_scale, kind, acc)
-        a_ptrs += BLOCK_K // PACK
-        b_ptrs += BLOCK_K // PACK
+        acc = tl.dot_scaled(a, a_scale, kind_a, b, b_scale, kind_b, acc)
+        a_ptrs += BLOCK_K // PACK_A
+        b_ptrs += BLOCK_K // PACK_B
         as_ptrs += BLOCK_K // GROUP
         bs_ptrs += BLOCK_K // GROUP
-        offs_k += BLOCK_K // PACK
+        offs_ka += BLOCK_K // PACK_A
+        offs_kb += BLOCK_K // PACK_B
         offs_s += BLOCK_K // GROUP
     acc = acc * tl.load(factor_ptr)
     y_ptrs = y_ptr + pid_k.to(tl.int64) * stride_ys
@@ -84,16 +87,17 @@ def _block_scaled_kernel(
 
 def block_scaled_matmul(
     x: torch.Tensor, w: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, format: str, *,
-    global_scale: torch.Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16,
+    x_format: str | None = None, global_scale: torch.Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16,
     block_m: int | None = None, block_n: int | None = None, split_k: int = 1, num_warps: int | None = None,
     num_stages: int = 3,
     workspace: torch.Tensor | None = None, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """y = x . w^T with both operands in ``format`` -> (M, N) BF16 or FP32.
+    """y = x . w^T with ``w`` in ``format`` and ``x`` in ``x_format`` -> (M, N) BF16 or FP32.
 
     Args:
         format: "mxfp8", "mxfp4" or "nvfp4"; shapes and dtypes as in the module's text. K divides by 32
             (NVFP4: 16 values share a scale, K still divides by 32).
+        x_format: the activations' where it differs: "mxfp8" beside "mxfp4" weights (W4A8).
         global_scale: NVFP4 only, float32 of one value: the product of both tensors' scales.
         split_k, workspace: parts of k summed in a fixed order, and float32 room for split_k * M * N values.
 
@@ -104,13 +108,18 @@ def block_scaled_matmul(
     if format == "nvfp4" and x.device.type == "cuda":  # Triton 3.6.0 aborts the process compiling it for less
         major = torch.cuda.get_device_capability(x.device)[0]
         require(major >= 10, "format", "mxfp8 or mxfp4 below compute capability 10", f"nvfp4 on capability {major}")
+    x_format = x_format or format
+    is_pair = x_format == format or (format, x_format) == ("mxfp4", "mxfp8")
+    require(is_pair, "x_format", f"{format}" + " or mxfp8" * (format == "mxfp4"), repr(x_format))
     dtype, pack, group, scale_dtype, block_k = OPERANDS[format]
-    for name, tensor, expected in (("x", x, dtype), ("w", w, dtype),
+    x_dtype, x_pack, _, _, x_block_k = OPERANDS[x_format]
+    block_k = min(block_k, x_block_k)
+    for name, tensor, expected in (("x", x, x_dtype), ("w", w, dtype),
                                    ("x_scale", x_scale, scale_dtype), ("w_scale", w_scale, scale_dtype)):  # fmt: skip
         require(tensor.dim() == 2 and tensor.dtype == expected, name, f"{expected}, two axes", seen(tensor))
         require(tensor.stride(1) == 1, name, "a contiguous last axis", f"stride {tensor.stride()}")
         require(tensor.device == x.device, name, f"device {x.device}", tensor.device)
-    tokens, rows, columns = x.shape[0], w.shape[0], x.shape[1] * pack
+    tokens, rows, columns = x.shape[0], w.shape[0], x.shape[1] * x_pack
     require(columns > 0 and columns % 32 == 0, "x", "K a multiple of 32", f"K = {columns}")
     require(w.shape[1] * pack == columns, "w", f"K = {columns}, as x", f"K = {w.shape[1] * pack}")
     require(rows > 0, "w", "N of 1 or more", seen(w))
@@ -145,15 +154,17 @@ def block_scaled_matmul(
         target = workspace.view(-1)[:size].view(split_k, tokens, rows)
     is_few = tokens <= MAX_FEW_TOKENS
     block_m = block_m or (max(16, triton.next_power_of_2(tokens)) if is_few else 128)
-    block_n = block_n or (128 if is_few or format != "nvfp4" else 64)  # NVFP4 spills at 128 x 128 on sm_120
-    x_side = (x, x_scale, tokens, block_m, target.stride(-2))
-    w_side = (w, w_scale, rows, block_n, 1)
+    is_wide = is_few or (format != "nvfp4" and x_format == format)  # the others spill at 128 x 128 on sm_120
+    block_n = block_n or (128 if is_wide else 64)
+    x_side = (x, x_scale, tokens, block_m, target.stride(-2), x_pack)
+    w_side = (w, w_scale, rows, block_n, 1, pack)
     a, b = (w_side, x_side) if is_few else (x_side, w_side)
     _block_scaled_kernel[(triton.cdiv(a[2], a[3]) * triton.cdiv(b[2], b[3]), split_k)](
         a[0], b[0], a[1], b[1], global_scale, target,
         a[2], b[2], columns, a[0].stride(0), b[0].stride(0), a[1].stride(0), b[1].stride(0), a[4], b[4],
-        target.stride(0) if split_k > 1 else 0, k_tiles, per_split,
-        BLOCK_A=a[3], BLOCK_B=b[3], BLOCK_K=block_k, PACK=pack, GROUP=group, EVEN_K=columns % block_k == 0, GROUP_A=8,
+        target.stride(0) if split_k > 1 else 0, per_split,
+        BLOCK_A=a[3], BLOCK_B=b[3], BLOCK_K=block_k, GROUP=group, PACK_A=a[5], PACK_B=b[5],
+        EVEN_K=columns % block_k == 0, GROUP_A=8,
         num_warps=num_warps or (4 if block_m * block_n <= 4096 else 8), num_stages=num_stages,
     )  # fmt: skip
     if split_k > 1:

@@ -1,4 +1,4 @@
-"""MXFP8, MXFP4 and NVFP4 on both sides: exact, every scale, tails, poison, split-K, bad input."""
+"""MXFP8, MXFP4 and NVFP4 on both sides, MXFP4 by MXFP8: exact, every scale, tails, poison, split-K, bad input."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tokenfab.kernels.codec import QuantizedTensor, dequantize, pack_fp4, quanti
 from tokenfab.kernels.formats import get_format
 
 FORMATS = list(OPERANDS)
+PAIRS = [*((name, name) for name in FORMATS), ("mxfp4", "mxfp8")]  # weights, activations
 SHAPES = [(1, 256, 256), (3, 300, 320), (64, 96, 1056), (65, 257, 160), (200, 131, 288)]
 
 
@@ -47,7 +48,9 @@ def multiply(x: QuantizedTensor, w: QuantizedTensor, device: torch.device, **opt
     if x.global_scale is not None and w.global_scale is not None:
         factor = (x.global_scale * w.global_scale).to(device)
     operands = (t.to(device) for t in (x.data, w.data, x.scale, w.scale))
-    y = block_scaled_matmul(*operands, x.format.name, global_scale=factor, **{"out_dtype": torch.float32} | options)
+    y = block_scaled_matmul(
+        *operands, w.format.name, x_format=x.format.name, global_scale=factor, **{"out_dtype": torch.float32} | options
+    )
     return y.cpu().double()
 
 
@@ -55,21 +58,23 @@ def expect(x: QuantizedTensor, w: QuantizedTensor) -> torch.Tensor:
     return dequantize(x).double() @ dequantize(w).double().T
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("format", "x_format"), PAIRS)
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_exact_on_representable_inputs(format: str, m: int, n: int, k: int, device: torch.device) -> None:
-    x, w = (make_operand(format, rows, k, seed=rows, is_exact=True) for rows in (m, n))
+def test_exact_on_representable_inputs(
+    format: str, x_format: str, m: int, n: int, k: int, device: torch.device
+) -> None:
+    x, w = (make_operand(name, rows, k, seed=rows, is_exact=True) for name, rows in ((x_format, m), (format, n)))
     assert torch.equal(multiply(x, w, device), expect(x, w))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("format", "x_format"), PAIRS)
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
 def test_random_inputs_against_float64(
-    format: str, m: int, n: int, k: int, out_dtype: torch.dtype, device: torch.device
+    format: str, x_format: str, m: int, n: int, k: int, out_dtype: torch.dtype, device: torch.device
 ) -> None:
     """Only accumulation in float32 and the output's rounding are left."""
-    x, w = (make_operand(format, rows, k, seed=rows + 1, is_exact=False) for rows in (m, n))
+    x, w = (make_operand(name, rows, k, seed=rows + 1, is_exact=False) for name, rows in ((x_format, m), (format, n)))
     y, expected = multiply(x, w, device, out_dtype=out_dtype), expect(x, w)
     bound = 4e-6 * (dequantize(x).double().abs() @ dequantize(w).double().abs().T)
     if out_dtype == torch.bfloat16:
@@ -105,11 +110,11 @@ def test_a_nan_scale_reaches_its_row_and_no_other(format: str, device: torch.dev
     assert torch.equal(y[[0, 2, 3]], expected[[0, 2, 3]])
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("format", "x_format"), PAIRS)
 @pytest.mark.parametrize("m", [5, 70])
 @pytest.mark.parametrize("split_k", [2, 3, 5])
-def test_split_k_sums_every_part_once(format: str, m: int, split_k: int, device: torch.device) -> None:
-    x, w = (make_operand(format, rows, 1792, seed=rows, is_exact=True) for rows in (m, 130))
+def test_split_k_sums_every_part_once(format: str, x_format: str, m: int, split_k: int, device: torch.device) -> None:
+    x, w = (make_operand(name, rows, 1792, seed=rows, is_exact=True) for name, rows in ((x_format, m), (format, 130)))
     workspace = torch.full((split_k * m * 130 + 7,), float("nan"), device=device)
     y = multiply(x, w, device, split_k=split_k, workspace=workspace)
     assert torch.equal(y, expect(x, w))
@@ -169,6 +174,8 @@ NVFP4 = {"x": PACKED, "w": PACKED, "x_scale": SCALES, "w_scale": SCALES, "format
         (MXFP8 | {"global_scale": torch.ones(())}, "global_scale: expected None for mxfp8"),
         (NVFP4, "global_scale: expected float32 of one value for nvfp4; got None"),
         (NVFP4 | {"global_scale": torch.ones(2)}, "global_scale: expected float32 of one value on cpu"),
+        (MXFP8 | {"x_format": "mxfp4"}, "x_format: expected mxfp8; got 'mxfp4'"),
+        (MXFP8 | {"format": "mxfp4", "x_format": "nvfp4"}, "x_format: expected mxfp4 or mxfp8; got 'nvfp4'"),
         (MXFP8 | {"out_dtype": torch.float16}, "out_dtype: expected bfloat16 or float32"),
         (MXFP8 | {"out": torch.empty(2, 3, dtype=torch.bfloat16)}, "out: expected"),
         (MXFP8 | {"split_k": 2}, "split_k: expected 1 to 1; got 2"),
