@@ -19,7 +19,7 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
-KERNELS = ["torch>=2.11", "triton>=3.6"]
+KERNELS = ["nvidia-ml-py>=12.560", "torch>=2.11", "triton>=3.6"]
 TEST = [
     "basedpyright>=1.31",
     "hypothesis>=6.100",
