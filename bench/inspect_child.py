@@ -84,8 +84,8 @@ def dependencies(module: str, since: float) -> dict[str, str] | None:
     found = {}
     for name, loaded in list(sys.modules.items()):
         file = getattr(loaded, "__file__", None)
-        if not file or not file.endswith(".py"):
-            continue
+        if not file or not file.endswith(".py") or not os.path.isabs(file):
+            continue  # torch names modules without a file, torch.ops, by a relative one
         if name.split(".")[0] in own or name == "__main__" or not file.startswith(libraries):
             path = Path(file).absolute()
             if path.stat().st_mtime > since:
