@@ -20,14 +20,15 @@ import triton
 import triton.language as tl
 
 from .checks import require, seen
-from .w4a16_matmul import _sum_splits_kernel
+from .split_k import arch_of, check_out, plan_splits, split_target, sum_splits
+from .tiles import Tile, find_tile
 
 MAX_FEW_TOKENS = 64
 OPERANDS = {
-    # format: (dtype of the codes, codes per byte, values per scale, dtype of the scale, k per tile)
-    "mxfp8": (torch.float8_e4m3fn, 1, 32, torch.uint8, 128),
-    "mxfp4": (torch.uint8, 2, 32, torch.uint8, 256),
-    "nvfp4": (torch.uint8, 2, 16, torch.float8_e4m3fn, 256),
+    # format: (dtype of the codes, codes per byte, values per scale, dtype of the scale)
+    "mxfp8": (torch.float8_e4m3fn, 1, 32, torch.uint8),
+    "mxfp4": (torch.uint8, 2, 32, torch.uint8),
+    "nvfp4": (torch.uint8, 2, 16, torch.float8_e4m3fn),
 }
 
 
@@ -88,8 +89,7 @@ def _block_scaled_kernel(
 def block_scaled_matmul(
     x: torch.Tensor, w: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, format: str, *,
     x_format: str | None = None, global_scale: torch.Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16,
-    block_m: int | None = None, block_n: int | None = None, split_k: int = 1, num_warps: int | None = None,
-    num_stages: int = 3,
+    tile: Tile | None = None, split_k: int | None = None,
     workspace: torch.Tensor | None = None, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """y = x . w^T with ``w`` in ``format`` and ``x`` in ``x_format`` -> (M, N) BF16 or FP32.
@@ -99,7 +99,9 @@ def block_scaled_matmul(
             (NVFP4: 16 values share a scale, K still divides by 32).
         x_format: the activations' where it differs: "mxfp8" beside "mxfp4" weights (W4A8).
         global_scale: NVFP4 only, float32 of one value: the product of both tensors' scales.
-        split_k, workspace: parts of k summed in a fixed order, and float32 room for split_k * M * N values.
+        tile: by default that of ``tiles.py``.
+        split_k, workspace: parts of k summed in a fixed order, and float32 room for split_k * M * N values;
+            by default, up to 64 tokens, as many as fill the GPU.
 
     Raises:
         ValueError: naming the argument, what was expected and what came; nothing is launched.
@@ -111,9 +113,8 @@ def block_scaled_matmul(
     x_format = x_format or format
     is_pair = x_format == format or (format, x_format) == ("mxfp4", "mxfp8")
     require(is_pair, "x_format", f"{format}" + " or mxfp8" * (format == "mxfp4"), repr(x_format))
-    dtype, pack, group, scale_dtype, block_k = OPERANDS[format]
-    x_dtype, x_pack, _, _, x_block_k = OPERANDS[x_format]
-    block_k = min(block_k, x_block_k)
+    dtype, pack, group, scale_dtype = OPERANDS[format]
+    x_dtype, x_pack, _, _ = OPERANDS[x_format]
     for name, tensor, expected in (("x", x, x_dtype), ("w", w, dtype),
                                    ("x_scale", x_scale, scale_dtype), ("w_scale", w_scale, scale_dtype)):  # fmt: skip
         require(tensor.dim() == 2 and tensor.dtype == expected, name, f"{expected}, two axes", seen(tensor))
@@ -133,41 +134,25 @@ def block_scaled_matmul(
     else:
         require(global_scale is None, "global_scale", f"None for {format}", global_scale)
         global_scale = torch.ones((), device=x.device)
-    require(out_dtype in (torch.bfloat16, torch.float32), "out_dtype", "bfloat16 or float32", out_dtype)
-    if out is None:
-        out = torch.empty((tokens, rows), dtype=out_dtype, device=x.device)
-    fits = tuple(out.shape) == (tokens, rows) and out.dtype == out_dtype and out.stride(-1) == 1
-    require(fits and out.device == x.device, "out", f"{out_dtype} {(tokens, rows)}, rows contiguous", seen(out))
-    k_tiles = triton.cdiv(columns, block_k)
-    require(1 <= split_k <= k_tiles, "split_k", f"1 to {k_tiles}", split_k)
+    out = check_out(out, tokens, rows, out_dtype, x.device)
+    is_few = tokens <= MAX_FEW_TOKENS
+    pair = format if x_format == format else f"{format}_{x_format}"
+    tile = tile or find_tile("block_scaled", pair, arch_of(x.device), tokens)
+    k_tiles, num_tiles = triton.cdiv(columns, tile.block_k), triton.cdiv(tokens, tile.block_m)
+    num_tiles *= triton.cdiv(rows, tile.block_n)
+    splits, per_split = plan_splits(split_k if is_few or split_k else 1, num_tiles, k_tiles, x.device)
+    target = split_target(out, workspace, splits)
     if tokens == 0:
         return out
-    per_split = triton.cdiv(k_tiles, split_k)
-    split_k = triton.cdiv(k_tiles, per_split)  # no empty split
-    target = out
-    if split_k > 1:
-        require(out.is_contiguous(), "out", "contiguous where split_k > 1", f"stride {out.stride()}")
-        size = split_k * tokens * rows
-        workspace = torch.empty(size, dtype=torch.float32, device=x.device) if workspace is None else workspace
-        enough = workspace.dtype == torch.float32 and workspace.numel() >= size
-        require(enough, "workspace", f"float32, at least {size} values", seen(workspace))
-        target = workspace.view(-1)[:size].view(split_k, tokens, rows)
-    is_few = tokens <= MAX_FEW_TOKENS
-    block_m = block_m or (max(16, triton.next_power_of_2(tokens)) if is_few else 128)
-    is_wide = is_few or (format != "nvfp4" and x_format == format)  # the others spill at 128 x 128 on sm_120
-    block_n = block_n or (128 if is_wide else 64)
-    x_side = (x, x_scale, tokens, block_m, target.stride(-2), x_pack)
-    w_side = (w, w_scale, rows, block_n, 1, pack)
+    x_side = (x, x_scale, tokens, tile.block_m, target.stride(-2), x_pack)
+    w_side = (w, w_scale, rows, tile.block_n, 1, pack)
     a, b = (w_side, x_side) if is_few else (x_side, w_side)
-    _block_scaled_kernel[(triton.cdiv(a[2], a[3]) * triton.cdiv(b[2], b[3]), split_k)](
+    _block_scaled_kernel[(num_tiles, splits)](
         a[0], b[0], a[1], b[1], global_scale, target,
         a[2], b[2], columns, a[0].stride(0), b[0].stride(0), a[1].stride(0), b[1].stride(0), a[4], b[4],
-        target.stride(0) if split_k > 1 else 0, per_split,
-        BLOCK_A=a[3], BLOCK_B=b[3], BLOCK_K=block_k, GROUP=group, PACK_A=a[5], PACK_B=b[5],
-        EVEN_K=columns % block_k == 0, GROUP_A=8,
-        num_warps=num_warps or (4 if block_m * block_n <= 4096 else 8), num_stages=num_stages,
+        target.stride(0) if splits > 1 else 0, per_split,
+        BLOCK_A=a[3], BLOCK_B=b[3], BLOCK_K=tile.block_k, GROUP=group, PACK_A=a[5], PACK_B=b[5],
+        EVEN_K=columns % tile.block_k == 0, GROUP_A=8, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    if split_k > 1:
-        count = tokens * rows
-        _sum_splits_kernel[(triton.cdiv(count, 1024),)](target, out, count, SPLITS=split_k, BLOCK=1024)
+    sum_splits(target, out)
     return out

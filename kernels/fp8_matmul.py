@@ -23,7 +23,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .checks import require, seen
-from .w4a16_matmul import _sum_splits_kernel
+from .split_k import arch_of, check_out, num_multiprocessors, plan_splits, split_target, sum_splits
+from .tiles import Tile, find_tile
 
 SCALINGS = ("tensor", "row", "block")
 MAX_FEW_TOKENS = 64
@@ -113,17 +114,16 @@ def _fp8_many_tokens_kernel(
 
 def fp8_matmul(
     x: torch.Tensor, w: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, scaling: str, *,
-    out_dtype: torch.dtype = torch.bfloat16, block_m: int | None = None, block_n: int = 128, split_k: int = 1,
-    num_warps: int | None = None, num_stages: int = 4, num_programs: int | None = None,
-    workspace: torch.Tensor | None = None, out: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16, tile: Tile | None = None, split_k: int | None = None,
+    num_programs: int | None = None, workspace: torch.Tensor | None = None, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """y = x . w^T: (M, K) by (N, K), both float8_e4m3fn -> (M, N) BF16 or FP32.
 
     Args:
         x_scale, w_scale: float32; "tensor": one value each; "row": M and N values; "block":
             (M, ceil(K / 128)) and (ceil(N / 128), ceil(K / 128)).
+        tile: by default that of ``tiles.py``; its block_k is 128.
         split_k, workspace: as in ``w4a16_matmul``, up to 64 tokens only.
-        num_warps: by default as many as hold the accumulator without spills.
         num_programs: of the persistent kernel, the GPU's multiprocessors by default.
 
     Raises:
@@ -157,54 +157,35 @@ def fp8_matmul(
         scales.append(scale if len(shape) > 1 else scale.reshape(-1).contiguous())
     for name, tensor in (("w", w), ("x_scale", x_scale), ("w_scale", w_scale)):
         require(tensor.device == x.device, name, f"device {x.device}", tensor.device)
-    require(out_dtype in (torch.bfloat16, torch.float32), "out_dtype", "bfloat16 or float32", out_dtype)
-    if out is None:
-        out = torch.empty((tokens, rows), dtype=out_dtype, device=x.device)
-    fits = tuple(out.shape) == (tokens, rows) and out.dtype == out_dtype and out.stride(-1) == 1
-    require(fits, "out", f"{out_dtype} {(tokens, rows)}, rows contiguous", seen(out))
+    out = check_out(out, tokens, rows, out_dtype, x.device)
+    is_few = tokens <= MAX_FEW_TOKENS
+    tile = tile or find_tile("fp8" if is_few else "fp8_many", scaling, arch_of(x.device), tokens)
+    require(tile.block_k == GROUP, "tile", f"block_k = {GROUP}", tile)
+    blocks_m, blocks_n = triton.cdiv(tokens, tile.block_m), triton.cdiv(rows, tile.block_n)
+    require(is_few or split_k in (None, 1), "split_k", f"1 beyond {MAX_FEW_TOKENS} tokens", split_k)
+    splits, per_split = plan_splits(split_k if is_few else 1, blocks_m * blocks_n, groups, x.device)
+    target = split_target(out, workspace, splits)
     if tokens == 0:
         return out
     x_scale, w_scale = scales
     stride_xs, stride_ws = (s.stride(0) if s.dim() == 2 else 0 for s in scales)
-    if tokens > MAX_FEW_TOKENS:
-        require(split_k == 1, "split_k", f"1 beyond {MAX_FEW_TOKENS} tokens", split_k)
-        block_m = block_m or 128
-        x_desc = TensorDescriptor.from_tensor(x, [block_m, GROUP])
-        w_desc = TensorDescriptor.from_tensor(w, [block_n, GROUP])
-        tiles = triton.cdiv(tokens, block_m) * triton.cdiv(rows, block_n)
-        num_programs = min(tiles, num_programs or _num_multiprocessors(x.device))
+    if not is_few:
+        x_desc = TensorDescriptor.from_tensor(x, [tile.block_m, GROUP])
+        w_desc = TensorDescriptor.from_tensor(w, [tile.block_n, GROUP])
+        num_programs = min(blocks_m * blocks_n, num_programs or num_multiprocessors(x.device))
         _fp8_many_tokens_kernel[(num_programs,)](
             x_desc, w_desc, x_scale, w_scale, out,
             tokens, rows, stride_xs, stride_ws, out.stride(0), groups, num_programs,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=GROUP, SCALING=scaling, GROUP_M=8,
-            num_warps=num_warps or 8, num_stages=num_stages,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=GROUP, SCALING=scaling, GROUP_M=8,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         return out
-    block_m = block_m or max(16, triton.next_power_of_2(tokens))
-    require(1 <= split_k <= groups, "split_k", f"1 to {groups}", split_k)
-    per_split = triton.cdiv(groups, split_k)
-    split_k = triton.cdiv(groups, per_split)  # no empty split
-    target = out
-    if split_k > 1:
-        require(out.is_contiguous(), "out", "contiguous where split_k > 1", f"stride {out.stride()}")
-        size = split_k * tokens * rows
-        workspace = torch.empty(size, dtype=torch.float32, device=x.device) if workspace is None else workspace
-        enough = workspace.dtype == torch.float32 and workspace.numel() >= size
-        require(enough, "workspace", f"float32, at least {size} values", seen(workspace))
-        target = workspace.view(-1)[:size].view(split_k, tokens, rows)
-    _fp8_few_tokens_kernel[(triton.cdiv(rows, block_n), triton.cdiv(tokens, block_m), split_k)](
+    _fp8_few_tokens_kernel[(blocks_n, blocks_m, splits)](
         x, w, x_scale, w_scale, target,
         tokens, rows, columns, x.stride(0), w.stride(0), stride_xs, stride_ws,
-        target.stride(-2), target.stride(0) if split_k > 1 else 0, groups, per_split,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=GROUP, SCALING=scaling, EVEN_K=columns % GROUP == 0,
-        num_warps=num_warps or (4 if block_m * block_n <= 4096 else 8), num_stages=num_stages,
+        target.stride(-2), target.stride(0) if splits > 1 else 0, groups, per_split,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=GROUP, SCALING=scaling, EVEN_K=columns % GROUP == 0,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    if split_k > 1:
-        count = tokens * rows
-        _sum_splits_kernel[(triton.cdiv(count, 1024),)](target, out, count, SPLITS=split_k, BLOCK=1024)
+    sum_splits(target, out)
     return out
-
-
-def _num_multiprocessors(device: torch.device) -> int:
-    """Programs of a persistent grid; any number is correct."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

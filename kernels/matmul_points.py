@@ -1,20 +1,46 @@
-"""The matmuls as they are compiled: a tile per architecture, what its hot loop must contain, and at what price.
+"""The matmuls as they are compiled: every row of ``tiles.py``, what its hot loop must contain, and at what price.
 
-Read by ``bench.inspect``; standard library only. Values are weights. Every point compiles without spills.
+Read by ``bench.inspect``; standard library only. A name is ``gemm/WEIGHT-ACTIVATION/mTOKENS``, with ``default`` for
+rows that are not an architecture's own and ``tail`` where K does not divide by the tile. Values are weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .compile_point import CONSTEXPR, CompilePoint
-from .formats import FP8, FP8_BLOCK, MXFP4, MXFP8, NVFP4
+from .formats import get_format
+from .tiles import ANY_NUMBER, TILES, TileRow, used_on
 
 ROOM = __package__
 
-W4A16_MAX_INSTRUCTIONS = 2.55
-"""Aim: 2.5. MXFP4 takes 2.41 with Triton 3.6.0, NVFP4 2.51: its scales change every 16 values."""
+COMPILED_ARCHS = ("sm_90", "sm_100", "sm_120")
+"""sm_103 runs the tiles of sm_100."""
+
+W4A16_MAX_INSTRUCTIONS = {"mxfp4": 2.5, "nvfp4": 2.55}
+"""On sm_90 with 16 tokens. NVFP4's scales change every 16 values: 2.51 with Triton 3.6.0, 2.46 with 3.9.0."""
+
+MANY_TOKENS = 4096
+
+FP8_FORMATS = {"tensor": ("fp8", "fp8"), "row": ("fp8_row", "fp8_row"), "block": ("fp8_block", "fp8_group")}
+"""Scaling of ``fp8_matmul`` to formats of weights and activations."""
+
+BLOCK_SCALED_FORMATS = {
+    "mxfp8": ("mxfp8", "mxfp8"), "mxfp4": ("mxfp4", "mxfp4"), "nvfp4": ("nvfp4", "nvfp4"),
+    "mxfp4_mxfp8": ("mxfp4", "mxfp8"),
+}  # fmt: skip
+"""Pair of ``block_scaled_matmul`` to formats of weights and activations."""
+
+_EXPECT = {
+    ("w4a16", "sm_90"): "^HGMMA", ("w4a16", "sm_100"): "^UTCHMMA", ("w4a16", "sm_120"): "^HMMA",
+    ("fp8", "sm_90"): "^QGMMA", ("fp8", "sm_100"): "^UTCQMMA", ("fp8", "sm_120"): "^QMMA",
+    ("mxfp8", "sm_100"): "kind::mxf8f6f4.block_scale", ("mxfp8", "sm_120"): "^QMMA.SF",
+    ("mxfp4", "sm_100"): "kind::mxf4.block_scale", ("mxfp4", "sm_120"): "^OMMA.SF",
+    ("nvfp4", "sm_100"): "kind::mxf4nvf4.block_scale", ("nvfp4", "sm_120"): "^OMMA.SF.*UE4M3",
+    ("mxfp4_mxfp8", "sm_100"): "kind::mxf8f6f4.block_scale",
+}  # fmt: skip
+"""Of a block-scaled pair without an entry Triton widens both sides to BF16."""
 
 
 def _point(name: str, module: str, function: str, types: dict[str, str], constexprs: dict[str, Any], aligned: str,
@@ -31,68 +57,110 @@ def _point(name: str, module: str, function: str, types: dict[str, str], constex
     )
 
 
-def _w4a16() -> Iterator[CompilePoint]:
+def _name(weight: str, activation: str, row: TileRow, is_even: bool) -> str:
+    tokens = "more" if row.max_tokens == ANY_NUMBER else row.max_tokens
+    tile = row.tile
+    size = f"m{tokens}-{tile.block_m}x{tile.block_n}"
+    return f"gemm/{weight}-{activation}/{size}{'' if row.archs else '/default'}{'' if is_even else '/tail'}"
+
+
+def _facts(row: TileRow, arch: str) -> dict[str, Any]:
+    return {"num_warps": row.tile.num_warps, "num_stages": row.tile.num_stages, "archs": (arch,)}
+
+
+def _w4a16(row: TileRow, format: str, arch: str, is_even: bool) -> CompilePoint:
     sizes = "M N K stride_xm stride_ym stride_ys k_tiles k_tiles_per_split"
-    for row, constants in (
-        (MXFP4, {"SCALE_HALVES": 1, "SCALE_MUL": 0x00800080, "SCALE_ADD": 0}),
-        (NVFP4, {"SCALE_HALVES": 2, "SCALE_MUL": 0x00100010, "SCALE_ADD": 0x75807580}),
-    ):
-        types = {"x_ptr": "*bf16", "w_ptr": "*i32", "s_ptr": "*i16", "factor_ptr": "*fp32", "y_ptr": "*bf16"}
-        types |= dict.fromkeys(sizes.split(), "i32")
-        yield _point(
-            f"w4a16/{row.name}/m16", "w4a16_matmul", "_w4a16_kernel", types,
-            {"BLOCK_M": 16, "BLOCKS_N": 4, "UNROLL": 2, "EVEN_K": True} | constants, "N K stride_xm stride_ym",
-            num_warps=4, num_stages=4, values_per_iteration=256 * 128 * 2, bits_per_value=row.bits_per_value,
-            flops_per_value=32, matrix_rate="bf16", expect=r"^HGMMA", archs=("sm_90",),
-            max_instructions_per_value=W4A16_MAX_INSTRUCTIONS,
-        )  # fmt: skip
+    scales = {
+        "mxfp4": {"SCALE_HALVES": 1, "SCALE_MUL": 0x00800080, "SCALE_ADD": 0},
+        "nvfp4": {"SCALE_HALVES": 2, "SCALE_MUL": 0x00100010, "SCALE_ADD": 0x75807580},
+    }
+    types = {"x_ptr": "*bf16", "w_ptr": "*i32", "s_ptr": "*i16", "factor_ptr": "*fp32", "y_ptr": "*bf16"}
+    tile, is_judged = row.tile, arch == "sm_90" and row.max_tokens == 16 and is_even
+    return _point(
+        _name(format, "bf16", row, is_even), "w4a16_matmul", "_w4a16_kernel",
+        types | dict.fromkeys(sizes.split(), "i32"),
+        {"BLOCK_M": tile.block_m, "BLOCKS_N": tile.block_n // 64, "UNROLL": tile.block_k // 128, "EVEN_K": is_even}
+        | scales[format],
+        "N K stride_xm stride_ym", values_per_iteration=tile.block_n * tile.block_k,
+        bits_per_value=get_format(format).bits_per_value, flops_per_value=2 * tile.block_m, matrix_rate="bf16",
+        expect=_EXPECT["w4a16", arch], max_instructions_per_value=W4A16_MAX_INSTRUCTIONS[format] if is_judged else None,
+        **_facts(row, arch),
+    )  # fmt: skip
 
 
-def _fp8() -> Iterator[CompilePoint]:
-    expect = {"sm_90": "^QGMMA", "sm_100": "^UTCQMMA", "sm_120": "^QMMA"}
-    for scaling in ("tensor", "row", "block"):
-        bits = (FP8_BLOCK if scaling == "block" else FP8).bits_per_value
-        for arch, instruction in expect.items():
-            for block_m, num_warps in ((16, 4), (64, 8)):
-                sizes = "M N K stride_xm stride_wn stride_xsm stride_wsn stride_ym stride_ys k_tiles k_tiles_per_split"
-                types = {"x_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv", "xs_ptr": "*fp32", "ws_ptr": "*fp32"}
-                types |= {"y_ptr": "*bf16"} | dict.fromkeys(sizes.split(), "i32")
-                yield _point(
-                    f"fp8/{scaling}/m{block_m}", "fp8_matmul", "_fp8_few_tokens_kernel", types,
-                    {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_K": 128, "SCALING": scaling, "EVEN_K": True},
-                    "N K stride_xm stride_wn stride_ym", num_warps=num_warps, num_stages=4,
-                    values_per_iteration=128 * 128, bits_per_value=bits, flops_per_value=2 * block_m,
-                    matrix_rate="fp8", expect=instruction, archs=(arch,),
-                )  # fmt: skip
+def _fp8(row: TileRow, scaling: str, arch: str, is_even: bool) -> CompilePoint:
+    sizes = "M N K stride_xm stride_wn stride_xsm stride_wsn stride_ym stride_ys k_tiles k_tiles_per_split"
+    types = {"x_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv", "xs_ptr": "*fp32", "ws_ptr": "*fp32", "y_ptr": "*bf16"}
+    weight, activation = FP8_FORMATS[scaling]
+    tile = row.tile
+    return _point(
+        _name(weight, activation, row, is_even), "fp8_matmul", "_fp8_few_tokens_kernel",
+        types | dict.fromkeys(sizes.split(), "i32"),
+        {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "SCALING": scaling,
+         "EVEN_K": is_even},
+        "N K stride_xm stride_wn stride_ym", values_per_iteration=tile.block_n * tile.block_k,
+        bits_per_value=get_format(weight).bits_per_value, flops_per_value=2 * tile.block_m, matrix_rate="fp8",
+        expect=_EXPECT["fp8", arch], **_facts(row, arch),
+    )  # fmt: skip
 
 
-def _block_scaled() -> Iterator[CompilePoint]:
+def _fp8_many(row: TileRow, scaling: str, arch: str, is_even: bool) -> CompilePoint | None:
+    if not is_even:  # descriptors know the tail themselves
+        return None
+    tile, sizes = row.tile, "M N stride_xsm stride_wsn stride_ym k_tiles num_programs"
+    types = {side: f"tensordesc<fp8e4nv[{rows},{tile.block_k}]>"
+             for side, rows in (("x_desc", tile.block_m), ("w_desc", tile.block_n))}  # fmt: skip
+    types |= {"xs_ptr": "*fp32", "ws_ptr": "*fp32", "y_ptr": "*bf16"} | dict.fromkeys(sizes.split(), "i32")
+    weight, activation = FP8_FORMATS[scaling]
+    return _point(
+        _name(weight, activation, row, is_even), "fp8_matmul", "_fp8_many_tokens_kernel", types,
+        {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "SCALING": scaling, "GROUP_M": 8},
+        "N stride_ym", values_per_iteration=tile.block_n * tile.block_k,
+        bits_per_value=get_format(weight).bits_per_value, flops_per_value=2 * tile.block_m, matrix_rate="fp8",
+        expect=_EXPECT["fp8", arch], **_facts(row, arch),
+    )  # fmt: skip
+
+
+def _block_scaled(row: TileRow, pair: str, arch: str, is_even: bool) -> CompilePoint | None:
+    if (pair, arch) == ("nvfp4", "sm_90"):  # refused there: Triton 3.6.0 aborts
+        return None
     sizes = "A B K stride_a stride_b stride_as stride_bs stride_ya stride_yb stride_ys k_tiles_per_split"
-    expect = {
-        ("mxfp8", "sm_100"): "kind::mxf8f6f4.block_scale", ("mxfp8", "sm_120"): "^QMMA.SF",
-        ("mxfp4", "sm_100"): "kind::mxf4.block_scale", ("mxfp4", "sm_120"): "^OMMA.SF",
-        ("nvfp4", "sm_100"): "kind::mxf4nvf4.block_scale", ("nvfp4", "sm_120"): "^OMMA.SF.*UE4M3",
-        ("w4a8", "sm_100"): "kind::mxf8f6f4.block_scale",
-    }  # fmt: skip
-    for (name, arch), instruction in expect.items():
-        row = {"mxfp8": MXFP8, "nvfp4": NVFP4}.get(name, MXFP4)
-        pack_a, pack_b = {"mxfp8": (1, 1), "w4a8": (2, 1)}.get(name, (2, 2))
-        block_k = 256 if pack_b == 2 else 128
-        scale = "*fp8e4nv" if row is NVFP4 else "*u8"
-        codes = {1: "*fp8e4nv", 2: "*u8"}
-        types = {"a_ptr": codes[pack_a], "b_ptr": codes[pack_b], "as_ptr": scale, "bs_ptr": scale}
-        types |= {"factor_ptr": "*fp32", "y_ptr": "*bf16"} | dict.fromkeys(sizes.split(), "i32")
-        for block_m, num_warps in ((16, 4), (64, 8)):
-            yield _point(
-                f"block_scaled/{name}/m{block_m}", "block_scaled_matmul", "_block_scaled_kernel", types,
-                {"BLOCK_A": 128, "BLOCK_B": block_m, "BLOCK_K": block_k, "PACK_A": pack_a, "PACK_B": pack_b,
-                 "GROUP": 16 if row is NVFP4 else 32, "EVEN_K": True, "GROUP_A": 8},
-                "K stride_a stride_b stride_yb", num_warps=num_warps, num_stages=3,
-                values_per_iteration=128 * block_k, bits_per_value=row.bits_per_value, flops_per_value=2 * block_m,
-                matrix_rate="fp4" if pack_b == 2 else "fp8", expect=instruction, archs=(arch,),
-            )  # fmt: skip
+    weight, activation = BLOCK_SCALED_FORMATS[pair]
+    packs = {name: 1 if name == "mxfp8" else 2 for name in (weight, activation)}
+    codes = {1: "*fp8e4nv", 2: "*u8"}
+    # up to 64 tokens the weights are operand a, beyond them the tokens
+    tile, is_few = row.tile, row.max_tokens != ANY_NUMBER
+    sides = ((weight, tile.block_n), (activation, tile.block_m))
+    (a, block_a), (b, block_b) = sides if is_few else sides[::-1]
+    scale = "*fp8e4nv" if pair == "nvfp4" else "*u8"
+    types = {"a_ptr": codes[packs[a]], "b_ptr": codes[packs[b]], "as_ptr": scale, "bs_ptr": scale}
+    types |= {"factor_ptr": "*fp32", "y_ptr": "*bf16"} | dict.fromkeys(sizes.split(), "i32")
+    native = _EXPECT.get((pair, arch), "")
+    return _point(
+        _name(weight, activation, row, is_even), "block_scaled_matmul", "_block_scaled_kernel", types,
+        {"BLOCK_A": block_a, "BLOCK_B": block_b, "BLOCK_K": tile.block_k, "PACK_A": packs[a], "PACK_B": packs[b],
+         "GROUP": 16 if pair == "nvfp4" else 32, "EVEN_K": is_even, "GROUP_A": 8},
+        "K stride_a stride_b stride_yb", values_per_iteration=tile.block_n * tile.block_k,
+        bits_per_value=get_format(weight).bits_per_value, flops_per_value=2 * tile.block_m,
+        matrix_rate=("fp4" if activation != "mxfp8" else "fp8") if native else "bf16", expect=native,
+        **_facts(row, arch),
+    )  # fmt: skip
 
 
-def matmul_points() -> list[CompilePoint]:
+_OF_KERNEL = {"w4a16": _w4a16, "fp8": _fp8, "fp8_many": _fp8_many, "block_scaled": _block_scaled}
+
+
+def row_points(row: TileRow, format: str) -> Iterator[CompilePoint]:
+    """The points of one row for one of its formats: wherever it is used, K that divides and K that does not."""
+    for arch in used_on(row, format, COMPILED_ARCHS):
+        for is_even in (True, False):
+            point = _OF_KERNEL[row.kernel](row, format, arch, is_even)
+            if point:
+                yield point
+
+
+def matmul_points(rows: Iterable[TileRow] = TILES) -> list[CompilePoint]:
     """Every point of the matmuls; one name appears once per architecture."""
-    return [*_w4a16(), *_fp8(), *_block_scaled()]
+    return [
+        point for row in rows if row.kernel in _OF_KERNEL for format in row.formats for point in row_points(row, format)
+    ]

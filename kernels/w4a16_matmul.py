@@ -20,6 +20,8 @@ import triton.language as tl
 
 from .checks import require, seen
 from .fp4_weights import NUM_WARPS, TILE_K, TILE_N, Fp4Weight
+from .split_k import arch_of, check_out, plan_splits, split_target, sum_splits
+from .tiles import Tile, find_tile
 
 
 @triton.jit
@@ -111,32 +113,19 @@ def _w4a16_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_n[:, None] < N) & mask_m[None, :])
 
 
-@triton.jit
-def _sum_splits_kernel(parts_ptr, y_ptr, num_values, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """y = sum of the partial results, in the order of the splits: the same bits every time."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < num_values
-    total = tl.load(parts_ptr + offs, mask=mask, other=0.0)
-    for split in range(1, SPLITS):
-        total += tl.load(parts_ptr + split * num_values + offs, mask=mask, other=0.0)
-    tl.store(y_ptr + offs, total.to(y_ptr.dtype.element_ty), mask=mask)
-
-
 SCALE_BITS = {"mxfp4": (0x00800080, 0), "nvfp4": (0x00100010, 0x75807580)}
 """(multiplier, addend) that turn a prepared scale byte into a pair of BF16 times 2^126."""
 
 
 def w4a16_matmul(
-    x: torch.Tensor, weight: Fp4Weight, *, out_dtype: torch.dtype = torch.bfloat16, block_m: int = 16,
-    blocks_n: int = 4, split_k: int = 1, num_stages: int = 3,
-    workspace: torch.Tensor | None = None, out: torch.Tensor | None = None,
+    x: torch.Tensor, weight: Fp4Weight, *, out_dtype: torch.dtype = torch.bfloat16, tile: Tile | None = None,
+    split_k: int | None = None, workspace: torch.Tensor | None = None, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """y = x . w^T: (M, K) BF16 by FP4 (N, K) -> (M, N) BF16 or FP32.
 
     Args:
-        block_m: tokens per program, a power of two from 16. blocks_n: blocks of 64 output channels per
-            program, 2 or 4. split_k: programs that share one k range;
-            partial results are summed in a fixed order.
+        tile: by default that of ``tiles.py``. Its block_n is 128 or 256, its block_k 128 or 256, with 4 warps.
+        split_k: programs that share one k range, summed in a fixed order; by default as many as fill the GPU.
         workspace: float32, at least split_k x M x N values, where split_k > 1; allocated if None.
 
     Raises:
@@ -149,47 +138,29 @@ def w4a16_matmul(
         x.stride(0) % 8 == 0 or x.shape[0] <= 1, "x", "rows 16 bytes apart or a multiple of it", f"stride {x.stride()}"
     )
     require(x.device == weight.words.device, "x", f"device {weight.words.device}", x.device)
-    require(out_dtype in (torch.bfloat16, torch.float32), "out_dtype", "bfloat16 or float32", out_dtype)
-    require(block_m in (16, 32, 64, 128), "block_m", "16, 32, 64 or 128", block_m)
-    require(blocks_n in (2, 4), "blocks_n", "2 or 4", blocks_n)
     tokens, rows, columns = x.shape[0], weight.num_rows, weight.num_columns
+    out = check_out(out, tokens, rows, out_dtype, x.device)
+    tile = tile or find_tile("w4a16", weight.format, arch_of(x.device), tokens)
+    fits = tile.block_m in (16, 32, 64, 128) and tile.block_n in (128, 256) and tile.block_k in (128, 256)
+    require(fits and tile.num_warps == NUM_WARPS, "tile", "16 to 128 tokens, 128 or 256 of n and k, 4 warps", tile)
     n_tiles, k_tiles = weight.words.shape[:2]
-    require(1 <= split_k <= k_tiles, "split_k", f"1 to {k_tiles}", split_k)
-    if out is None:
-        out = torch.empty((tokens, rows), dtype=out_dtype, device=x.device)
-    expected = ((tokens, rows), out_dtype)
-    require(
-        (tuple(out.shape), out.dtype) == expected and out.stride(-1) == 1,
-        "out",
-        f"{expected}, rows contiguous",
-        out.shape,
-    )
+    parts_n, blocks_m = TILE_N // tile.block_n, triton.cdiv(tokens, tile.block_m)
+    unroll = tile.block_k // TILE_K if k_tiles % 2 == 0 else 1  # an odd number of tiles cannot be taken in pairs
+    splits, per_split = plan_splits(split_k, n_tiles * parts_n * blocks_m, k_tiles // unroll, x.device)
+    target = split_target(out, workspace, splits)
     if tokens == 0:
         return out
-    per_split = triton.cdiv(k_tiles, split_k)
-    split_k = triton.cdiv(k_tiles, per_split)  # no empty split
-    target = out
-    if split_k > 1:
-        require(out.is_contiguous(), "out", "contiguous where split_k > 1", f"stride {out.stride()}")
-        size = split_k * tokens * rows
-        workspace = torch.empty(size, dtype=torch.float32, device=x.device) if workspace is None else workspace
-        fits = workspace.dtype == torch.float32 and workspace.numel() >= size
-        require(fits, "workspace", f"float32, at least {size} values", f"{workspace.dtype} {workspace.numel()}")
-        target = workspace.view(-1)[:size].view(split_k, tokens, rows)
     multiplier, addend = SCALE_BITS[weight.format]
-    unroll = 2 if per_split % 2 == 0 and k_tiles % 2 == 0 else 1
-    _w4a16_kernel[(n_tiles * (4 // blocks_n), triton.cdiv(tokens, block_m), split_k)](
+    _w4a16_kernel[(n_tiles * parts_n, blocks_m, splits)](
         x, weight.words, weight.scales, weight.factor, target,
-        tokens, rows, columns, x.stride(0), target.stride(-2), target.stride(0) if split_k > 1 else 0,
-        k_tiles, per_split,
-        BLOCK_M=block_m, BLOCKS_N=blocks_n, UNROLL=unroll, SCALE_HALVES=weight.scales.shape[2],
+        tokens, rows, columns, x.stride(0), target.stride(-2), target.stride(0) if splits > 1 else 0,
+        k_tiles, per_split * unroll,
+        BLOCK_M=tile.block_m, BLOCKS_N=tile.block_n // 64, UNROLL=unroll, SCALE_HALVES=weight.scales.shape[2],
         SCALE_MUL=multiplier, SCALE_ADD=addend, EVEN_K=columns % TILE_K == 0,
-        num_warps=NUM_WARPS, num_stages=num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    if split_k > 1:
-        count = tokens * rows
-        _sum_splits_kernel[(triton.cdiv(count, 1024),)](target, out, count, SPLITS=split_k, BLOCK=1024)
+    sum_splits(target, out)
     return out
 
 
-assert TILE_N == 256  # the kernel's BLOCK_N
+assert TILE_N == 256  # the kernel's largest BLOCK_N

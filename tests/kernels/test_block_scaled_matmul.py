@@ -1,4 +1,7 @@
-"""MXFP8, MXFP4 and NVFP4 on both sides, MXFP4 by MXFP8: exact, every scale, tails, poison, split-K, bad input."""
+"""MXFP8, MXFP4 and NVFP4 on both sides, MXFP4 by MXFP8: every scale, NaN, split-K, poison, bad input.
+
+Values over all shapes: ``test_registry.py``.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ import torch
 from tokenfab.kernels.block_scaled_matmul import OPERANDS, block_scaled_matmul
 from tokenfab.kernels.codec import QuantizedTensor, dequantize, pack_fp4, quantize
 from tokenfab.kernels.formats import get_format
+from tokenfab.kernels.inputs import exact_operand
+from tokenfab.kernels.tiles import Tile
 
 FORMATS = list(OPERANDS)
 PAIRS = [*((name, name) for name in FORMATS), ("mxfp4", "mxfp8")]  # weights, activations
-SHAPES = [(1, 256, 256), (3, 300, 320), (64, 96, 1056), (65, 257, 160), (200, 131, 288)]
 
 
 @pytest.fixture(autouse=True)
@@ -22,23 +26,8 @@ def native(device: torch.device, request: pytest.FixtureRequest) -> None:
         pytest.skip("NVFP4 on both sides needs a Blackwell GPU")
 
 
-def make_operand(format: str, rows: int, columns: int, seed: int, *, is_exact: bool) -> QuantizedTensor:
-    """Random values through the codec, or small integers under scales of 1/2, 1 and 2."""
-    generator = torch.Generator().manual_seed(seed)
-    if not is_exact:
-        return quantize(torch.randn(rows, columns, generator=generator) * 3, format)
-    row = get_format(format)
-    choice = torch.randint(0, 5, (rows, columns), generator=generator)
-    if row.packing:
-        data = pack_fp4(torch.tensor([0, 2, 4, 10, 12], dtype=torch.uint8)[choice])
-    else:
-        data = (choice - 2).float().to(torch.float8_e4m3fn)
-    scale_shape = row.scale_shape(rows, columns)
-    assert scale_shape is not None
-    exponents = torch.randint(-1, 2, scale_shape, generator=generator)
-    e4m3 = torch.exp2(exponents.float()).to(torch.float8_e4m3fn)
-    scale = e4m3 if row.scale == "e4m3" else (exponents + 127).to(torch.uint8)
-    return QuantizedTensor(row, data, scale, torch.tensor(0.5) if row.tensor_scale else None, (rows, columns))
+def make_operand(format: str, rows: int, columns: int, seed: int) -> QuantizedTensor:
+    return exact_operand(format, rows, columns, seed, torch.device("cpu"))
 
 
 def multiply(x: QuantizedTensor, w: QuantizedTensor, device: torch.device, **options: Any) -> torch.Tensor:
@@ -56,30 +45,6 @@ def multiply(x: QuantizedTensor, w: QuantizedTensor, device: torch.device, **opt
 
 def expect(x: QuantizedTensor, w: QuantizedTensor) -> torch.Tensor:
     return dequantize(x).double() @ dequantize(w).double().T
-
-
-@pytest.mark.parametrize(("format", "x_format"), PAIRS)
-@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_exact_on_representable_inputs(
-    format: str, x_format: str, m: int, n: int, k: int, device: torch.device
-) -> None:
-    x, w = (make_operand(name, rows, k, seed=rows, is_exact=True) for name, rows in ((x_format, m), (format, n)))
-    assert torch.equal(multiply(x, w, device), expect(x, w))
-
-
-@pytest.mark.parametrize(("format", "x_format"), PAIRS)
-@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
-def test_random_inputs_against_float64(
-    format: str, x_format: str, m: int, n: int, k: int, out_dtype: torch.dtype, device: torch.device
-) -> None:
-    """Only accumulation in float32 and the output's rounding are left."""
-    x, w = (make_operand(name, rows, k, seed=rows + 1, is_exact=False) for name, rows in ((x_format, m), (format, n)))
-    y, expected = multiply(x, w, device, out_dtype=out_dtype), expect(x, w)
-    bound = 4e-6 * (dequantize(x).double().abs() @ dequantize(w).double().abs().T)
-    if out_dtype == torch.bfloat16:
-        bound = bound + expected.abs() * 2.0**-8
-    assert ((y - expected).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -101,7 +66,7 @@ def test_every_scale_is_exact(format: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("format", ["mxfp8", "mxfp4"])
 def test_a_nan_scale_reaches_its_row_and_no_other(format: str, device: torch.device) -> None:
-    x, w = (make_operand(format, rows, 64, seed=rows, is_exact=True) for rows in (4, 40))
+    x, w = (make_operand(format, rows, 64, seed=rows) for rows in (4, 40))
     assert x.scale is not None
     expected = expect(x, w)
     x.scale[1, 1] = 255
@@ -114,7 +79,7 @@ def test_a_nan_scale_reaches_its_row_and_no_other(format: str, device: torch.dev
 @pytest.mark.parametrize("m", [5, 70])
 @pytest.mark.parametrize("split_k", [2, 3, 5])
 def test_split_k_sums_every_part_once(format: str, x_format: str, m: int, split_k: int, device: torch.device) -> None:
-    x, w = (make_operand(name, rows, 1792, seed=rows, is_exact=True) for name, rows in ((x_format, m), (format, 130)))
+    x, w = (make_operand(name, rows, 1792, seed=rows) for name, rows in ((x_format, m), (format, 130)))
     workspace = torch.full((split_k * m * 130 + 7,), float("nan"), device=device)
     y = multiply(x, w, device, split_k=split_k, workspace=workspace)
     assert torch.equal(y, expect(x, w))
@@ -123,16 +88,16 @@ def test_split_k_sums_every_part_once(format: str, x_format: str, m: int, split_
 
 def test_many_bands_of_tiles(device: torch.device) -> None:
     """19 tiles of tokens: two bands of 8 and a short one; 3 of rows."""
-    x, w = (make_operand("mxfp8", rows, 128, seed=rows, is_exact=True) for rows in (19 * 16 - 3, 70))
+    x, w = (make_operand("mxfp8", rows, 128, seed=rows) for rows in (19 * 16 - 3, 70))
     out = torch.full((19 * 16 - 3, 70), float("nan"), device=device)
-    assert torch.equal(multiply(x, w, device, block_m=16, block_n=32, out=out), expect(x, w))
+    assert torch.equal(multiply(x, w, device, tile=Tile(16, 32, 128, 4, 2), out=out), expect(x, w))
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("m", [3, 70])
 def test_poison_outside_is_neither_read_nor_written(format: str, m: int, device: torch.device) -> None:
     """0xFF (NaN as E4M3 and E8M0) beyond the last row and column of all four inputs; NaN around y."""
-    x, w = (make_operand(format, rows, 160, seed=rows, is_exact=True) for rows in (m, 70))
+    x, w = (make_operand(format, rows, 160, seed=rows) for rows in (m, 70))
 
     def framed(tensor: torch.Tensor | None) -> torch.Tensor:
         assert tensor is not None
@@ -150,7 +115,7 @@ def test_poison_outside_is_neither_read_nor_written(format: str, m: int, device:
 
 
 def test_no_tokens(device: torch.device) -> None:
-    x, w = (make_operand("mxfp8", rows, 64, seed=1, is_exact=True) for rows in (0, 40))
+    x, w = (make_operand("mxfp8", rows, 64, seed=1) for rows in (0, 40))
     assert multiply(x, w, device).shape == (0, 40)
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from tokenfab.kernels.codec import dequantize
 from tokenfab.kernels.fp4_weights import Fp4Weight, prepare_fp4_weight
+from tokenfab.kernels.inputs import exact_operand, random_matrix, random_operand
+from tokenfab.kernels.tiles import find_tile
 from tokenfab.kernels.w4a16_matmul import w4a16_matmul
 
 BLOCK = {"mxfp4": 32, "nvfp4": 16}
+TILE = find_tile("w4a16", "mxfp4", "sm_90", 16)
 
 
 def e2m1(codes: np.ndarray) -> torch.Tensor:
@@ -21,61 +26,30 @@ def e2m1(codes: np.ndarray) -> torch.Tensor:
 def make_weight(
     format: str, rows: int, columns: int, seed: int = 0, *, is_exact: bool = False, device: Any = "cpu"
 ) -> tuple[Fp4Weight, torch.Tensor]:
-    """A prepared weight and its dequantized float64 (N, K). ``is_exact``: small integers and scale 1."""
-    rng = np.random.default_rng(seed)
-    block = BLOCK[format]
-    codes = rng.choice([0, 2, 4, 10, 12], (rows, columns)) if is_exact else rng.integers(0, 16, (rows, columns))
-    packed = torch.from_numpy((codes[:, 0::2] | (codes[:, 1::2] << 4)).astype(np.uint8))
-    shape = (rows, columns // block)
-    global_scale = None if format == "mxfp4" else torch.tensor(1.0 if is_exact else 0.37)
-    if format == "mxfp4":
-        scale = torch.from_numpy(np.full(shape, 127, np.uint8) if is_exact else rng.integers(118, 132, shape, np.uint8))
-        factors = torch.exp2(scale.double() - 127)
-    else:
-        bits = np.full(shape, 0x38, np.uint8) if is_exact else rng.integers(0, 0x7F, shape, np.uint8)
-        scale = torch.from_numpy(bits).view(torch.float8_e4m3fn)
-        factors = scale.double() * global_scale.double()  # type: ignore[union-attr]
-    values = e2m1(codes) * factors.repeat_interleave(block, dim=1)
-    weight = prepare_fp4_weight(packed.to(device), scale.to(device), format,
-                                None if global_scale is None else global_scale.to(device))  # fmt: skip
-    return weight, values
+    """A prepared weight and its dequantized float64 (N, K)."""
+    stored = (exact_operand if is_exact else random_operand)(format, rows, columns, seed, torch.device(device))
+    assert stored.scale is not None
+    prepared = prepare_fp4_weight(stored.data, stored.scale, format, stored.global_scale)
+    return prepared, dequantize(stored).double().cpu()
 
 
-def tokens(rows: int, columns: int, seed: int, *, is_exact: bool) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    if is_exact:
-        return torch.randint(-2, 3, (rows, columns), generator=generator).bfloat16()
-    return torch.randn(rows, columns, generator=generator).bfloat16()
+def tokens(rows: int, columns: int, seed: int) -> torch.Tensor:
+    return exact_operand("bf16", rows, columns, seed, torch.device("cpu")).data
 
 
-SHAPES = [(1, 256, 128), (3, 300, 320), (16, 511, 416), (64, 96, 1056), (65, 257, 256), (257, 70, 160)]
+SHAPES = [(1, 256, 128), (3, 300, 320), (16, 511, 416), (64, 96, 1056), (65, 257, 256), (130, 70, 160)]
 
 
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize(("block_m", "block_n", "block_k"), [(16, 256, 256), (16, 128, 128), (64, 128, 256)])
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_exact_on_representable_inputs(format: str, m: int, n: int, k: int, device: torch.device) -> None:
-    weight, values = make_weight(format, n, k, seed=m, is_exact=True, device=device)
-    x = tokens(m, k, seed=n, is_exact=True)
-    y = w4a16_matmul(x.to(device), weight, out_dtype=torch.float32, block_m=16 if m <= 16 else 64, blocks_n=2)
-    assert torch.equal(y.cpu().double(), x.double() @ values.T)
-
-
-@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
-@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
-def test_random_inputs_against_float64(
-    format: str, m: int, n: int, k: int, out_dtype: torch.dtype, device: torch.device
+def test_every_tile_is_exact(
+    format: str, block_m: int, block_n: int, block_k: int, m: int, n: int, k: int, device: torch.device
 ) -> None:
-    """The weights are exact, so float32 accumulation (and the output's rounding) is the only error."""
-    weight, values = make_weight(format, n, k, seed=m, device=device)
-    x = tokens(m, k, seed=n, is_exact=False)
-    y = w4a16_matmul(x.to(device), weight, out_dtype=out_dtype, blocks_n=4).cpu().double()
-    expected = x.double() @ values.T
-    scale = (x.double().abs() @ values.T.abs()).clamp_min(1e-30)
-    bound = 2e-6 if out_dtype == torch.float32 else 2.0**-8
-    assert (
-        (y - expected).abs() / (scale if out_dtype == torch.float32 else expected.abs() + 2e-6 * scale)
-    ).max() <= bound
+    weight, values = make_weight(format, n, k, seed=m, is_exact=True, device=device)
+    x, tile = tokens(m, k, seed=n), replace(TILE, block_m=block_m, block_n=block_n, block_k=block_k)
+    y = w4a16_matmul(x.to(device), weight, out_dtype=torch.float32, tile=tile)
+    assert torch.equal(y.cpu().double(), x.double() @ values.T)
 
 
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
@@ -103,7 +77,7 @@ def test_every_code_times_every_scale_is_exact(format: str, device: torch.device
 @pytest.mark.parametrize("split_k", [2, 3, 5, 9])
 def test_split_k_sums_every_part_once(split_k: int, device: torch.device) -> None:
     weight, values = make_weight("mxfp4", 300, 1056, is_exact=True, device=device)
-    x = tokens(5, 1056, seed=1, is_exact=True)
+    x = tokens(5, 1056, seed=1)
     workspace = torch.full((split_k * 5 * 300 + 7,), float("nan"), device=device)
     y = w4a16_matmul(x.to(device), weight, out_dtype=torch.float32, split_k=split_k, workspace=workspace)
     assert torch.equal(y.cpu().double(), x.double() @ values.T)
@@ -111,11 +85,12 @@ def test_split_k_sums_every_part_once(split_k: int, device: torch.device) -> Non
 
 
 def test_batch_size_does_not_change_a_row(device: torch.device) -> None:
-    """One tile per token block: a token's result is bit-equal whoever stands beside it."""
+    """With one tile and one part of k a token's result is bit-equal whoever stands beside it."""
     weight, _ = make_weight("nvfp4", 256, 512, device=device)
-    x = tokens(33, 512, seed=4, is_exact=False).to(device)
-    alone = torch.cat([w4a16_matmul(x[i : i + 1], weight, out_dtype=torch.float32) for i in range(33)])
-    together = w4a16_matmul(x, weight, out_dtype=torch.float32)
+    x = random_matrix(33, 512, 4, torch.device("cpu")).to(device)
+    options: dict[str, Any] = {"out_dtype": torch.float32, "tile": TILE, "split_k": 1}
+    alone = torch.cat([w4a16_matmul(x[i : i + 1], weight, **options) for i in range(33)])
+    together = w4a16_matmul(x, weight, **options)
     if device.type == "cpu":  # NumPy's matmul orders sums by shape
         torch.testing.assert_close(alone, together, rtol=0, atol=1e-4)
     else:
@@ -125,7 +100,7 @@ def test_batch_size_does_not_change_a_row(device: torch.device) -> None:
 def test_poison_outside_is_neither_read_nor_written(device: torch.device) -> None:
     """NaN around x and y: between strided rows, beyond the last column, in the output."""
     weight, values = make_weight("mxfp4", 70, 160, is_exact=True, device=device)
-    x = tokens(3, 160, seed=5, is_exact=True)
+    x = tokens(3, 160, seed=5)
     wide = torch.full((6, 176), float("nan"), dtype=torch.bfloat16, device=device)
     wide[0:6:2, :160] = x.to(device)
     out = torch.full((3, 96), float("nan"), dtype=torch.float32, device=device)
@@ -166,9 +141,12 @@ GOOD_X = torch.zeros(2, 64, dtype=torch.bfloat16)
         (GOOD_X.t().contiguous().t(), {}, "x: expected a contiguous last axis"),
         (torch.zeros(4, 67, dtype=torch.bfloat16)[:, :64], {}, "x: expected rows 16 bytes apart"),
         (GOOD_X, {"out_dtype": torch.float16}, "out_dtype: expected bfloat16 or float32; got torch.float16"),
-        (GOOD_X, {"block_m": 8}, "block_m: expected 16, 32, 64 or 128; got 8"),
-        (GOOD_X, {"blocks_n": 3}, "blocks_n: expected 2 or 4; got 3"),
+        (GOOD_X, {"tile": replace(TILE, block_m=8)}, "tile: expected 16 to 128 tokens, .* got Tile.block_m=8"),
+        (GOOD_X, {"tile": replace(TILE, block_n=64)}, "tile: expected 16 to 128 tokens, 128 or 256 of n and k"),
+        (GOOD_X, {"tile": replace(TILE, block_k=64)}, "tile: expected 16 to 128 tokens, 128 or 256 of n and k"),
+        (GOOD_X, {"tile": replace(TILE, num_warps=8)}, "tile: expected .* 4 warps"),
         (GOOD_X, {"split_k": 0}, "split_k: expected 1 to 1; got 0"),
+        (GOOD_X, {"split_k": 2}, "split_k: expected 1 to 1; got 2"),
         (GOOD_X, {"out": torch.empty(2, 63, dtype=torch.bfloat16)}, "out: expected"),
     ],
 )

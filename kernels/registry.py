@@ -1,0 +1,159 @@
+"""Which kernel runs which op in which formats, and all that others need to know of it.
+
+Tests, bench, inspection and the command walk ``KERNELS``; a new kernel is one row. Importing this needs the standard
+library only: a kernel itself, with torch and Triton, is imported by ``Kernel.load``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from .compile_point import CompilePoint
+from .formats import get_format
+from .matmul_points import matmul_points
+
+Shape = Mapping[str, int]
+
+
+class Work(NamedTuple):
+    """What one call must do at least: bytes moved (output included in the activations'), matrix flops."""
+
+    weight_bytes: int
+    activation_bytes: int
+    flops: float
+
+
+class Runnable(Protocol):
+    """A kernel with its inputs and its reference. Buffers are dicts of tensors."""
+
+    def make_weights(self, shape: Shape, seed: int, device: Any, *, is_exact: bool = False) -> dict[str, Any]:
+        """Weights as the kernel reads them, prepared as at load."""
+        ...
+
+    def make_activations(self, shape: Shape, seed: int, device: Any, *, is_exact: bool = False) -> dict[str, Any]: ...
+
+    def make_output(self, shape: Shape, device: Any) -> Any: ...
+
+    def launch(self, weights: dict[str, Any], activations: dict[str, Any], output: Any) -> None:
+        """Enqueues the kernel, capturable in a CUDA graph."""
+        ...
+
+    def reference(self, shape: Shape, weights: dict[str, Any], activations: dict[str, Any]) -> Any:
+        """The float64 result of these very buffers."""
+        ...
+
+    def tile(self, shape: Shape, device: Any) -> dict[str, int]:
+        """How the launch is cut up, for the record."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row.
+
+    Attributes:
+        op: kind of op that it runs, as the decode plan calls it.
+        weight, activation: names of formats.
+        title: for a reader.
+        sources: the files of this room that it is made of; they name a version of the kernel in records.
+        runnable: "module:class" in this room, called with (weight, activation).
+        points: how it is compiled.
+        work: bytes and flops of a shape.
+        min_capability: compute capability from which it runs, ten times CUDA's ("9.0" is 90).
+        tolerance: largest ``reference.error``.
+    """
+
+    op: str
+    weight: str
+    activation: str
+    title: str
+    sources: tuple[str, ...]
+    runnable: str
+    points: Callable[[], list[CompilePoint]]
+    work: Callable[[Shape], Work]
+    min_capability: int
+    tolerance: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}/{self.format}"
+
+    @property
+    def format(self) -> str:
+        """Formats of weights and activations in one word."""
+        return f"{self.weight}-{self.activation}"
+
+    def load(self) -> Runnable:
+        """The kernel; imports torch and Triton."""
+        module, _, name = self.runnable.partition(":")
+        return getattr(importlib.import_module(f".{module}", __package__), name)(self.weight, self.activation)
+
+    def source_texts(self) -> dict[str, bytes]:
+        folder = Path(__file__).parent
+        return {name: (folder / name).read_bytes() for name in self.sources}
+
+
+# -- gemm ------------------------------------------------------------------------------------------
+
+OUTPUT_BYTES = 2
+
+
+def _gemm_work(weight: str, activation: str) -> Callable[[Shape], Work]:
+    def work(shape: Shape) -> Work:
+        m, n, k = shape["m"], shape["n"], shape["k"]
+        weights = n * k * get_format(weight).bytes_per_value
+        activations = m * k * get_format(activation).bytes_per_value + m * n * OUTPUT_BYTES
+        return Work(round(weights), round(activations), 2.0 * m * n * k)
+
+    return work
+
+
+def _gemm_points(weight: str, activation: str) -> Callable[[], list[CompilePoint]]:
+    prefix = f"gemm/{weight}-{activation}/"
+    return lambda: [point for point in matmul_points() if point.name.startswith(prefix)]
+
+
+def _gemm(weight: str, activation: str, runnable: str, title: str, sources: str, min_capability: int) -> Kernel:
+    files = tuple(f"{name}.py" for name in ("split_k", *sources.split()))
+    return Kernel(
+        "gemm", weight, activation, title, files, f"matmul_runs:{runnable}", _gemm_points(weight, activation),
+        _gemm_work(weight, activation), min_capability,
+    )  # fmt: skip
+
+
+_W4A16 = "w4a16_matmul fp4_weights"
+KERNELS: tuple[Kernel, ...] = (
+    _gemm("fp8", "fp8", "Fp8Matmul", "W8A8 FP8, scale per tensor", "fp8_matmul", 89),
+    _gemm("fp8_row", "fp8_row", "Fp8Matmul", "W8A8 FP8, scale per row", "fp8_matmul", 89),
+    _gemm("fp8_block", "fp8_group", "Fp8Matmul", "W8A8 FP8, scale per block", "fp8_matmul", 89),
+    _gemm("mxfp8", "mxfp8", "BlockScaledMatmul", "W8A8 MXFP8", "block_scaled_matmul", 90),
+    _gemm("mxfp4", "bf16", "W4A16Matmul", "W4A16 MXFP4, decoded in registers", _W4A16, 90),
+    _gemm("nvfp4", "bf16", "W4A16Matmul", "W4A16 NVFP4, decoded in registers", _W4A16, 90),
+    _gemm("mxfp4", "mxfp8", "BlockScaledMatmul", "W4A8 MXFP4 x MXFP8", "block_scaled_matmul", 90),
+    _gemm("mxfp4", "mxfp4", "BlockScaledMatmul", "W4A4 MXFP4", "block_scaled_matmul", 90),
+    _gemm("nvfp4", "nvfp4", "BlockScaledMatmul", "W4A4 NVFP4", "block_scaled_matmul", 100),
+)
+
+
+def find_kernels(op: str | None = None, formats: Iterable[str] | None = None) -> list[Kernel]:
+    """The kernels of an op, or of all; of some formats, each "WEIGHT-ACTIVATION" or a weight's alone.
+
+    Raises:
+        ValueError: no such op, or a format that none of its kernels has.
+    """
+    ops = list(dict.fromkeys(kernel.op for kernel in KERNELS))
+    if op is not None and op not in ops:
+        raise ValueError(f"op: expected one of {', '.join(ops)}; got {op!r}")
+    found = [kernel for kernel in KERNELS if op in (None, kernel.op)]
+    if formats is None:
+        return found
+    wanted = list(formats)
+    for name in wanted:
+        if not any(name in (kernel.format, kernel.weight) for kernel in found):
+            known = ", ".join(dict.fromkeys(kernel.format for kernel in found))
+            raise ValueError(f"format: expected one of {known}, or a weight format of them; got {name!r}")
+    return [kernel for kernel in found if kernel.format in wanted or kernel.weight in wanted]

@@ -1,0 +1,134 @@
+"""Tiles as data: what one program of a kernel computes, per format, architecture and number of tokens, and why.
+
+A row without architectures is the default of its kernel and formats, safe in shared memory and registers on every
+architecture that has no row of its own for so many tokens. Every row compiles
+without spills wherever ``find_tile`` returns it (``matmul_points.py`` inspects all of them). Standard library only.
+
+Blackwell's block-scaled instructions want 128 rows on the M side of the instruction, which is the weights up to 64
+tokens and the tokens beyond: with fewer, Triton widens both sides to BF16, or aborts (NVFP4, 3.6.0).
+
+Shared memory and registers in the reasons are those of Triton 3.6.0, the larger of the releases tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120")
+"""Architectures a row may name."""
+
+ANY_NUMBER = 1 << 62
+"""Tokens without a limit."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program computes and how it is compiled.
+
+    Attributes:
+        block_m, block_n, block_k: tokens, output channels, and input channels per trip of the loop.
+        num_warps, num_stages: Triton's launch options.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class TileRow:
+    """A tile and where it is used: up to ``max_tokens`` tokens; ``archs`` empty for the default."""
+
+    kernel: str
+    formats: tuple[str, ...]
+    archs: tuple[str, ...]
+    max_tokens: int
+    tile: Tile
+    reason: str
+
+
+_FP8 = ("tensor", "row", "block")
+_FP4 = ("mxfp4", "nvfp4")
+_MXFP8 = ("mxfp8", "mxfp4_mxfp8")
+
+TILES: tuple[TileRow, ...] = (
+    TileRow("w4a16", _FP4, ("sm_90",), 16, Tile(16, 256, 256, 4, 3),
+            "2.4 instructions per weight, least of all widths; 91 KiB: two CTAs per SM hide each other's waits"),
+    TileRow("w4a16", _FP4, ("sm_90",), 32, Tile(32, 128, 256, 4, 3),
+            "at 256 channels 255 registers are all in use; at 128 three CTAs per SM fit"),
+    TileRow("w4a16", ("mxfp4",), ("sm_90",), ANY_NUMBER, Tile(64, 128, 256, 4, 3),
+            "decodes each weight once per 64 tokens; 128 tokens or 256 channels spill"),
+    TileRow("w4a16", ("nvfp4",), ("sm_90",), ANY_NUMBER, Tile(64, 128, 128, 4, 3),
+            "as MXFP4, but its twice as many scales spill where two tiles of k are decoded per trip"),
+    TileRow("w4a16", _FP4, ("sm_100", "sm_103"), 16, Tile(16, 128, 256, 4, 3),
+            "tcgen05 takes decoded weights from shared memory; three CTAs per SM share the waits"),
+    TileRow("w4a16", _FP4, ("sm_100", "sm_103"), ANY_NUMBER, Tile(64, 128, 256, 4, 3),
+            "decodes each weight once per 64 tokens; 256 channels spill"),
+    TileRow("w4a16", _FP4, (), ANY_NUMBER, Tile(16, 128, 256, 4, 3),
+            "83 KiB fit in the 99 of sm_120, where 32 tokens spill"),
+    TileRow("fp8", _FP8, (), 16, Tile(16, 128, 128, 4, 4),
+            "72 KiB of weights and tokens in flight; one warpgroup's accumulator is 16 registers"),
+    TileRow("fp8", _FP8, (), 32, Tile(32, 128, 128, 4, 4), "80 KiB in flight; the accumulator is 32 registers"),
+    TileRow("fp8", _FP8, (), 64, Tile(64, 128, 128, 8, 3), "eight warps halve the two accumulators, 64 registers each"),
+    TileRow("fp8_many", _FP8, ("sm_120",), ANY_NUMBER, Tile(128, 64, 128, 8, 3),
+            "two accumulators of 32 registers; at 128 channels the last registers of a thread spill"),
+    TileRow("fp8_many", _FP8, (), ANY_NUMBER, Tile(128, 128, 128, 8, 3),
+            "two accumulators of 64 registers, one for 128 of k and one in FP32; 256 channels would spill"),
+    TileRow("block_scaled", ("mxfp4",), ("sm_90",), 16, Tile(16, 128, 128, 4, 3),
+            "widened to BF16 there: 256 of k spill"),
+    TileRow("block_scaled", ("mxfp4",), ("sm_90",), 64, Tile(16, 128, 128, 4, 3),
+            "widened to BF16 there: 256 of k, or 64 tokens, spill"),
+    TileRow("block_scaled", ("mxfp4",), ("sm_90",), ANY_NUMBER, Tile(64, 128, 128, 8, 3),
+            "widened to BF16 there: 128 tokens spill"),
+    TileRow("block_scaled", ("mxfp4",), ("sm_100", "sm_103"), ANY_NUMBER, Tile(128, 128, 256, 8, 3),
+            "96 KiB of operands in flight; the accumulator is in tensor memory"),
+    TileRow("block_scaled", ("mxfp4_mxfp8",), ("sm_120",), ANY_NUMBER, Tile(64, 64, 128, 8, 3),
+            "widened to BF16 there: wider ones spill"),
+    TileRow("block_scaled", ("mxfp8",), (), ANY_NUMBER, Tile(128, 128, 128, 8, 3), "96 KiB of operands in flight"),
+    TileRow("block_scaled", _FP4, (), 16, Tile(16, 128, 256, 4, 3), "256 of k are 128 bytes of codes per row"),
+    TileRow("block_scaled", _FP4, (), 64, Tile(64, 128, 256, 8, 3), "256 of k are 128 bytes of codes per row"),
+    TileRow("block_scaled", _FP4, (), ANY_NUMBER, Tile(128, 64, 256, 8, 3), "128 channels spill on sm_120"),
+    TileRow("block_scaled", _MXFP8, (), 16, Tile(16, 128, 128, 4, 3), "128 of k are 128 bytes of codes per row"),
+    TileRow("block_scaled", _MXFP8, (), 64, Tile(64, 128, 128, 8, 3), "128 of k are 128 bytes of codes per row"),
+    TileRow("block_scaled", ("mxfp4_mxfp8",), (), ANY_NUMBER, Tile(128, 64, 128, 8, 3),
+            "128 channels gain nothing where FP4 is widened"),
+)  # fmt: skip
+
+
+def find_row(kernel: str, format: str, arch: str, num_tokens: int) -> TileRow:
+    """The row with the fewest tokens that are enough, an architecture's own before the default.
+
+    Raises:
+        ValueError: no such kernel or format.
+    """
+    rows = [row for row in TILES if row.kernel == kernel and format in row.formats]
+    if not rows:
+        known = sorted({f"{row.kernel} {name}" for row in TILES for name in row.formats})
+        raise ValueError(f"kernel, format: expected one of {', '.join(known)}; got {kernel} {format}")
+    fitting = [row for row in rows if num_tokens <= row.max_tokens and (not row.archs or arch in row.archs)]
+    return min(fitting, key=lambda row: (row.max_tokens, not row.archs))
+
+
+def find_tile(kernel: str, format: str, arch: str, num_tokens: int) -> Tile:
+    """The tile of that row. Raises as ``find_row``."""
+    return find_row(kernel, format, arch, num_tokens).tile
+
+
+def used_on(row: TileRow, format: str, archs: Iterable[str]) -> list[str]:
+    """Those of ``archs`` on which ``find_row`` gives ``row`` for some number of tokens."""
+    limits = {each.max_tokens for each in TILES if each.kernel == row.kernel}
+    return [arch for arch in archs if any(find_row(row.kernel, format, arch, limit) is row for limit in limits)]
+
+
+def choose_splits(num_tiles: int, k_tiles: int, num_sms: int, *, ctas_per_sm: int = 2, min_k_tiles: int = 4) -> int:
+    """Into how many parts k is split so that ``num_tiles`` programs become enough to fill the GPU.
+
+    No more than ``ctas_per_sm`` programs per SM, since further ones would wait for a second wave, and at least
+    ``min_k_tiles`` trips in each, since fewer do not fill the pipeline. Depends on shapes only: graphs replay it.
+    """
+    wanted = ctas_per_sm * num_sms // max(num_tiles, 1)
+    splits = max(1, min(wanted, k_tiles // min_k_tiles))
+    return -(-k_tiles // -(-k_tiles // splits))  # no empty part
