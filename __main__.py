@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,80 +10,27 @@ from typing import Any
 import click
 
 from . import __version__
+from .cli import Group, combined, comma, json_option, path_type, print_json, show
+from .kernel_commands import bench, inspect
 
 # Rooms are imported inside the commands: `tokenfab models` must not wait for pyarrow or plotly.
 
 
-class UserError(click.ClickException):
-    """One line, exit code 2."""
-
-    exit_code = 2
-
-    def show(self, file: Any = None) -> None:
-        click.echo(f"error: {' '.join(self.message.split())}", err=True)
-
-
-class Group(click.Group):
-    """Turns a ``ValueError`` of any room into one line and exit code 2."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-
-
-class CommaList(click.ParamType):
-    """``a,b,c``: a list of texts, or of what ``convert_item`` makes of them."""
-
-    def __init__(self, name: str, convert_item: Callable[[str], Any] = str) -> None:
-        self.name, self.convert_item = name, convert_item
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        try:
-            return [self.convert_item(item.strip()) for item in value.split(",") if item.strip()]
-        except ValueError as error:
-            raise UserError(f"{param.name if param else self.name}: {error}") from None
-
-
-def _print_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=2, allow_nan=False))
-
-
-def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def decorate(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
-
-
-def _comma(flag: str, name: str, help_text: str, **more: Any) -> Callable[[Any], Any]:
-    return click.option(
-        flag, name, type=CommaList(name, more.pop("item", str)), help=f"Comma list. {help_text}", **more
-    )
-
-
-_path = click.Path(path_type=Path)
 gpu_option = click.option("--gpu", required=True, help="See `tokenfab gpus`.")
-stacks_option = _comma(
+stacks_option = comma(
     "--stack", "stacks", "NAME@VERSION for an older one.", default="vllm,sglang,trtllm", show_default=True
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
-price_file_option = click.option("--prices", "price_file", type=_path, metavar="FILE", help="A price file (TOML).")
+price_file_option = click.option("--prices", "price_file", type=path_type, metavar="FILE", help="A price file (TOML).")
 data_option = click.option(
-    "--published-data", type=_path, metavar="DIR", help="Tables from this aiconfigurator checkout, not the package."
+    "--published-data", type=path_type, metavar="DIR", help="Tables from this aiconfigurator checkout, not the package."
 )
-price_options = _options(
+price_options = combined(
     click.option("--tier", default="rent_3yr", show_default=True, help="Price tier; see `tokenfab prices`."),
     click.option("--book", help="Price book, e.g. 2026-02; the newest that has the price by default."),
     price_file_option,
     click.option("--usd-per-gpu-hour", type=float, help="This price for every GPU, instead of the book's."),
 )
-model_options = _options(
+model_options = combined(
     click.option("--precision", help="See `tokenfab models --precisions`; the checkpoint's own by default."),
     click.option("--kv-format", help="Format of the KV cache, instead of the precision's: bf16 or fp8."),
     click.option("--context", type=int, default=4096, show_default=True, help="Cached tokens per sequence."),
@@ -97,21 +42,6 @@ model_options = _options(
     ),
     click.option("--kept-tokens", type=float, default=1.0, show_default=True, help="Of those kept: acceptance length."),
 )
-
-
-def _show(
-    as_json: bool, data: Callable[[], Any], table: Callable[[], Any], lines: Callable[[], list[str]] = list
-) -> None:
-    """Print ``data()`` as JSON, or ``table()`` and ``lines()`` for people."""
-    if as_json:
-        _print_json(data())
-        return
-    from .costing.tables import console
-
-    out = console()
-    out.print(table())
-    for line in lines():
-        out.print(line, soft_wrap=True)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -128,7 +58,13 @@ def cli() -> None:
       tokenfab cost deepseek-v3                          which GPU, stack and batch is cheapest
       tokenfab step deepseek-v3 --gpu h200 --batch 64    one deployment, op by op
       tokenfab published check                           how far interpolation can be trusted
+      tokenfab inspect gemm --arch sm_90                 tokenfab's own kernels, compiled: no GPU needed
+      tokenfab bench gemm                                the same, measured on this machine's GPU
     """
+
+
+cli.add_command(inspect)
+cli.add_command(bench)
 
 
 @cli.command()
@@ -146,10 +82,10 @@ def models(precisions: bool, as_json: bool) -> None:
 
     if precisions:
         rows = list(PRECISIONS.values())
-        _show(as_json, lambda: [asdict(row) for row in rows], lambda: tables.precisions_table(rows))
+        show(as_json, lambda: [asdict(row) for row in rows], lambda: tables.precisions_table(rows))
         return
     found = [load_model(name) for name in shipped_models()]
-    _show(as_json, lambda: [model_dict(model) for model in found], lambda: tables.models_table(found))
+    show(as_json, lambda: [model_dict(model) for model in found], lambda: tables.models_table(found))
 
 
 @cli.command()
@@ -160,7 +96,7 @@ def gpus(as_json: bool) -> None:
     from .costing.tables import gpus_table
 
     rows = list(GPUS.values())
-    _show(as_json, lambda: [asdict(row) for row in rows], lambda: gpus_table(rows))
+    show(as_json, lambda: [asdict(row) for row in rows], lambda: gpus_table(rows))
 
 
 @cli.command()
@@ -173,7 +109,7 @@ def prices(gpu: str | None, price_file: Path | None, as_json: bool) -> None:
     from .costing.tables import prices_table
 
     rows = PriceBook.read(price_file).of(gpu)
-    _show(as_json, lambda: [asdict(row) for row in rows], lambda: prices_table(rows))
+    show(as_json, lambda: [asdict(row) for row in rows], lambda: prices_table(rows))
 
 
 @cli.command()
@@ -192,7 +128,7 @@ def price(tokens_per_s: float, usd_per_gpu_hour: float, kw: float | None, as_jso
     from .costing.tables import plain_price_lines
 
     result = plain_price(tokens_per_s, usd_per_gpu_hour, kw)
-    _show(as_json, lambda: result, lambda: "\n".join(plain_price_lines(result)))
+    show(as_json, lambda: result, lambda: "\n".join(plain_price_lines(result)))
 
 
 @cli.command()
@@ -220,15 +156,15 @@ def step(model: str, gpu: str, stack: str, parallel: str | None, batch: float, a
     plan = study(model, [gpu], [stack], [parallel] if parallel else None, [batch], **options)
     cost = price_step(plan)
     name = plan.sweep.model.name
-    _show(as_json, lambda: document(name, [cost]), lambda: step_table(cost), lambda: step_summary(cost))
+    show(as_json, lambda: document(name, [cost]), lambda: step_table(cost), lambda: step_summary(cost))
 
 
 @cli.command()
 @click.argument("models", nargs=-1, required=True)
-@_comma("--gpu", "gpus", "h100, h200, b200, b300, gb200, gb300 by default.")
+@comma("--gpu", "gpus", "h100, h200, b200, b300, gb200, gb300 by default.")
 @stacks_option
-@_comma("--parallel", "parallels", "tp8, dp8-ep8, tp2-dp4-ep8, dp8-ep8-ag (all-gather), ...; a range by default.")
-@_comma("--batch", "batches", "Sequences per GPU; powers of two that fit by default.", item=float)
+@comma("--parallel", "parallels", "tp8, dp8-ep8, tp2-dp4-ep8, dp8-ep8-ag (all-gather), ...; a range by default.")
+@comma("--batch", "batches", "Sequences per GPU; powers of two that fit by default.", item=float)
 @model_options
 @price_options
 @click.option("--min-tokens-per-s-per-user", "min_rate", type=click.FloatRange(0), default=20, show_default=True,
@@ -236,7 +172,7 @@ def step(model: str, gpu: str, stack: str, parallel: str | None, batch: float, a
 @click.option("--max-modelled", type=click.FloatRange(0, 1), default=0.25, show_default=True,
               help="Rank only points with at most this share of their time modelled.")  # fmt: skip
 @click.option("--all", "show_all", is_flag=True, help="Print every point, not only the best of each GPU and stack.")
-@click.option("--report", type=_path, metavar="FILE", help="Write an HTML report that works offline.")
+@click.option("--report", type=path_type, metavar="FILE", help="Write an HTML report that works offline.")
 @data_option
 @json_option
 def cost(models: tuple[str, ...], gpus: list[str] | None, stacks: list[str], parallels: list[str] | None,
@@ -258,7 +194,7 @@ def cost(models: tuple[str, ...], gpus: list[str] | None, stacks: list[str], par
     plans = [study(model, gpus, stacks, parallels, batches, **options) for model in models]
     results = [run_study(plan, show_progress=not as_json) for plan in plans]
     if as_json:
-        _print_json(document(results[0].model.name, results[0].points, results[0].skipped))
+        print_json(document(results[0].model.name, results[0].points, results[0].skipped))
     else:
         for result in results:
             print_study(result, min_rate, max_modelled, show_all)
@@ -286,11 +222,11 @@ def published_tables(gpu: str, published_data: Path | None, as_json: bool) -> No
     from .costing.tables import inventory_table
 
     rows = inventory(PublishedData(published_data), get_gpu(gpu))
-    _show(as_json, lambda: rows, lambda: inventory_table(rows))
+    show(as_json, lambda: rows, lambda: inventory_table(rows))
 
 
 @published.command("check")
-@_comma("--gpu", "gpus", "See `tokenfab gpus`.", default="h100,h200,b200,b300,gb200,gb300", show_default=True)
+@comma("--gpu", "gpus", "See `tokenfab gpus`.", default="h100,h200,b200,b300,gb200,gb300", show_default=True)
 @stacks_option
 @data_option
 @json_option
@@ -300,7 +236,7 @@ def published_check(gpus: list[str], stacks: list[str], published_data: Path | N
     from .costing.tables import check_summary, errors_table
 
     errors = run_check(gpus, stacks, published_data, show_progress=not as_json)
-    _show(as_json, lambda: [asdict(row) for row in errors], lambda: errors_table(errors), lambda: check_summary(errors))
+    show(as_json, lambda: [asdict(row) for row in errors], lambda: errors_table(errors), lambda: check_summary(errors))
 
 
 @published.command("op")
@@ -328,7 +264,7 @@ def published_op(
     from .costing.tables import timings_table
 
     rows = op_timings(PublishedData(published_data), kind, shape, gpu, stacks)
-    _show(as_json, lambda: rows, lambda: timings_table(rows))
+    show(as_json, lambda: rows, lambda: timings_table(rows))
 
 
 def main() -> None:

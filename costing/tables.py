@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ..bench.decode_plan import OMITTED
@@ -14,36 +13,11 @@ from ..bench.deployment import Precision
 from ..bench.gpus import Gpu
 from ..bench.model_config import GqaAttention, ModelConfig
 from ..bench.published_check import TableError
+from ..bench.tables import console, number, plain_table
 from .cost import StepCost
 from .prices import Price
 from .study import StudyResult
 from .sweep import Parallel, Skipped, best_points
-
-
-def console() -> Console:
-    """Standard output; wide enough for every table where it is not a terminal."""
-    probe = Console()
-    return probe if probe.is_terminal else Console(width=170, highlight=False)
-
-
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> Table:
-    """``left``: that many columns are text, aligned left; the rest are numbers."""
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right", overflow="fold", no_wrap=index >= left)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    return table
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    """Significant digits without an exponent; a dash where there is no value."""
-    if value is None:
-        return "-"
-    if value == 0:
-        return "0"
-    size = f"{value:.{digits}g}"
-    return f"{float(size):,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{float(size):g}"
 
 
 def _usd(value: float) -> str:
@@ -78,7 +52,7 @@ def models_table(models: Sequence[ModelConfig]) -> Table:
         for m in models
     ]
     columns = ("model", "attention", "checkpoint", "layers", "hidden", "B parameters", "B active", "KV values/token")
-    return _table("Models", columns, rows, left=3)
+    return plain_table("Models", columns, rows, left=3)
 
 
 def precisions_table(precisions: Sequence[Precision]) -> Table:
@@ -94,7 +68,7 @@ def precisions_table(precisions: Sequence[Precision]) -> Table:
         for p in precisions
     ]
     columns = ("precision", "linear layers", "experts", "KV cache", "dispatch", "")
-    return _table("Precisions (weights x activations)", columns, rows, left=6)
+    return plain_table("Precisions (weights x activations)", columns, rows, left=6)
 
 
 def plain_price_lines(result: dict[str, float]) -> list[str]:
@@ -125,16 +99,16 @@ def gpus_table(gpus: Sequence[Gpu]) -> Table:
         for g in gpus
     ]
     columns = ("gpu", "name", "cc", "BF16 TFLOP/s", "FP8", "FP4", "GiB", "TB/s", "W", "link GB/s x GPUs", "source")
-    table = _table("GPUs (dense datasheet peaks, links one way)", columns, rows, left=3)
+    table = plain_table("GPUs (dense datasheet peaks, links one way)", columns, rows, left=3)
     table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
     return table
 
 
 def prices_table(prices: Sequence[Price]) -> Table:
     rows = [
-        (p.gpu, p.tier, p.date, p.source, p.note, f"{p.usd_per_gpu_hour:.3f}", _number(p.kw_per_gpu, 4)) for p in prices
+        (p.gpu, p.tier, p.date, p.source, p.note, f"{p.usd_per_gpu_hour:.3f}", number(p.kw_per_gpu, 4)) for p in prices
     ]
-    return _table("Prices", ("gpu", "tier", "date", "source", "note", "$/GPU-h", "kW/GPU"), rows, left=5)
+    return plain_table("Prices", ("gpu", "tier", "date", "source", "note", "$/GPU-h", "kW/GPU"), rows, left=5)
 
 
 def step_table(cost: StepCost) -> Table:
@@ -171,7 +145,7 @@ def step_table(cost: StepCost) -> Table:
         "$/M",
         "$/M saved at floor",
     )
-    return _table(title, columns, rows, left=4)
+    return plain_table(title, columns, rows, left=4)
 
 
 def step_summary(cost: StepCost) -> list[str]:
@@ -235,7 +209,7 @@ def points_table(title: str, points: Sequence[StepCost]) -> Table:
         "meas/interp/model",
         "look twice",
     )
-    table = _table(title, columns, rows, left=3)
+    table = plain_table(title, columns, rows, left=3)
     table.columns[-1].justify = "left"
     return table
 
@@ -259,7 +233,7 @@ def errors_table(errors: Sequence[TableError]) -> Table:
         for e in errors
     ]
     title = "Leave-one-out error of interpolation: every inner row, or plane of rows, predicted from its neighbours"
-    return _table(title, ("gpu", "stack", "table", "variant", "held out", "rows", "median", "p95"), rows, left=5)
+    return plain_table(title, ("gpu", "stack", "table", "variant", "held out", "rows", "median", "p95"), rows, left=5)
 
 
 def check_summary(errors: Sequence[TableError]) -> list[str]:
@@ -293,7 +267,7 @@ def inventory_table(rows: Sequence[dict[str, Any]]) -> Table:
         )
         for r in rows
     ]
-    return _table("Published tables", ("stack", "table", "version", "kernels", "rows"), cells, left=4)
+    return plain_table("Published tables", ("stack", "table", "version", "kernels", "rows"), cells, left=4)
 
 
 def timings_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -309,7 +283,7 @@ def timings_table(rows: Sequence[dict[str, Any]]) -> Table:
         for r in rows
     ]
     title = f"{rows[0]['op']} {rows[0]['shape']} on {rows[0]['gpu']}"
-    return _table(title, ("stack", "provenance", "source", "us", "floor us", "of floor"), cells, left=3)
+    return plain_table(title, ("stack", "provenance", "source", "us", "floor us", "of floor"), cells, left=3)
 
 
 def print_study(result: StudyResult, min_tokens_per_s_per_user: float, max_modelled: float, show_all: bool) -> None:

@@ -58,7 +58,7 @@ def _point(name: str, module: str, function: str, types: dict[str, str], constex
 
 
 def _name(weight: str, activation: str, row: TileRow, is_even: bool) -> str:
-    tokens = "more" if row.max_tokens == ANY_NUMBER else row.max_tokens
+    tokens = "any" if row.max_tokens == ANY_NUMBER else row.max_tokens
     tile = row.tile
     size = f"m{tokens}-{tile.block_m}x{tile.block_n}"
     return f"gemm/{weight}-{activation}/{size}{'' if row.archs else '/default'}{'' if is_even else '/tail'}"

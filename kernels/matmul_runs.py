@@ -40,8 +40,8 @@ def _as_operand(format: str, buffers: Buffers, rows: int, columns: int) -> Quant
     return QuantizedTensor(get_format(format), *parts, (rows, columns))
 
 
-class _Matmul(ABC):
-    """What the matmuls share: operands as the codec stores them, unless a subclass lays them out anew."""
+class StoredMatmul(ABC):
+    """A matmul of operands as the codec stores them, unless a subclass lays them out anew."""
 
     def __init__(self, weight: str, activation: str) -> None:
         self.weight, self.activation = weight, activation
@@ -67,14 +67,18 @@ class _Matmul(ABC):
         return _as_operand(self.weight, weights, shape["n"], shape["k"])
 
     def tile(self, shape: Shape, device: Any) -> dict[str, int]:
-        return asdict(find_tile(*self._tile_key(shape), arch_of(torch.device(device)), shape["m"]))
+        key = self._tile_key(shape)
+        return asdict(find_tile(*key, arch_of(torch.device(device)), shape["m"])) if key else {}
+
+    def _tile_key(self, shape: Shape) -> tuple[str, str] | None:
+        """Kernel and format in ``tiles.py``; None for a kernel that is cut up elsewhere."""
+        return None
 
     @abstractmethod
-    def _tile_key(self, shape: Shape) -> tuple[str, str]:
-        """Kernel and format in ``tiles.py``."""
+    def launch(self, weights: Buffers, activations: Buffers, output: torch.Tensor) -> None: ...
 
 
-class Fp8Matmul(_Matmul):
+class Fp8Matmul(StoredMatmul):
     """``fp8_matmul``; the formats decide what shares a scale."""
 
     @property
@@ -89,7 +93,7 @@ class Fp8Matmul(_Matmul):
                    out_dtype=output.dtype, out=output)  # fmt: skip
 
 
-class BlockScaledMatmul(_Matmul):
+class BlockScaledMatmul(StoredMatmul):
     """``block_scaled_matmul``. NVFP4's two scales per tensor are multiplied at load."""
 
     def _tile_key(self, shape: Shape) -> tuple[str, str]:
@@ -116,7 +120,7 @@ class BlockScaledMatmul(_Matmul):
         )  # fmt: skip
 
 
-class W4A16Matmul(_Matmul):
+class W4A16Matmul(StoredMatmul):
     """``w4a16_matmul``. The prepared weights remember their seed, from which the reference makes them again."""
 
     def _tile_key(self, shape: Shape) -> tuple[str, str]:

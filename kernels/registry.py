@@ -59,12 +59,13 @@ class Kernel:
         op: kind of op that it runs, as the decode plan calls it.
         weight, activation: names of formats.
         title: for a reader.
-        sources: the files of this room that it is made of; they name a version of the kernel in records.
-        runnable: "module:class" in this room, called with (weight, activation).
+        sources: the files that it is made of, from this room; they name a version of the kernel in records.
+        runnable: "module:class", the module relative to this room, called with (weight, activation).
         points: how it is compiled.
         work: bytes and flops of a shape.
         min_capability: compute capability from which it runs, ten times CUDA's ("9.0" is 90).
         tolerance: largest ``reference.error``.
+        library: the function of another library that this row sets beside the house's own kernels; "" for those.
     """
 
     op: str
@@ -77,10 +78,11 @@ class Kernel:
     work: Callable[[Shape], Work]
     min_capability: int
     tolerance: float = 1.0
+    library: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.op}/{self.format}"
+        return f"{self.op}/{self.format}" + (f"@{self.library}" if self.library else "")
 
     @property
     def format(self) -> str:
@@ -90,7 +92,7 @@ class Kernel:
     def load(self) -> Runnable:
         """The kernel; imports torch and Triton."""
         module, _, name = self.runnable.partition(":")
-        return getattr(importlib.import_module(f".{module}", __package__), name)(self.weight, self.activation)
+        return getattr(importlib.import_module(module, __package__), name)(self.weight, self.activation)
 
     def source_texts(self) -> dict[str, bytes]:
         folder = Path(__file__).parent
@@ -102,7 +104,9 @@ class Kernel:
 OUTPUT_BYTES = 2
 
 
-def _gemm_work(weight: str, activation: str) -> Callable[[Shape], Work]:
+def gemm_work(weight: str, activation: str) -> Callable[[Shape], Work]:
+    """Of y (m, n) BF16 = x (m, k) . w (n, k)^T: each operand once, the output once."""
+
     def work(shape: Shape) -> Work:
         m, n, k = shape["m"], shape["n"], shape["k"]
         weights = n * k * get_format(weight).bytes_per_value
@@ -120,8 +124,8 @@ def _gemm_points(weight: str, activation: str) -> Callable[[], list[CompilePoint
 def _gemm(weight: str, activation: str, runnable: str, title: str, sources: str, min_capability: int) -> Kernel:
     files = tuple(f"{name}.py" for name in ("split_k", *sources.split()))
     return Kernel(
-        "gemm", weight, activation, title, files, f"matmul_runs:{runnable}", _gemm_points(weight, activation),
-        _gemm_work(weight, activation), min_capability,
+        "gemm", weight, activation, title, files, f".matmul_runs:{runnable}", _gemm_points(weight, activation),
+        gemm_work(weight, activation), min_capability,
     )  # fmt: skip
 
 

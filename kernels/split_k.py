@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from .checks import require, seen
-from .tiles import choose_splits
 
 _BLOCK = 1024
 
@@ -25,6 +24,17 @@ def _sum_splits_kernel(parts_ptr, y_ptr, num_values, SPLITS: tl.constexpr, BLOCK
     for split in range(1, SPLITS):
         total += tl.load(parts_ptr + split * num_values + offs, mask=mask, other=0.0)
     tl.store(y_ptr + offs, total.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def choose_splits(num_tiles: int, k_tiles: int, num_sms: int, *, ctas_per_sm: int = 2, min_k_tiles: int = 4) -> int:
+    """Into how many parts k is split so that ``num_tiles`` programs become enough to fill the GPU.
+
+    No more than ``ctas_per_sm`` programs per SM, since further ones would wait for a second wave, and at least
+    ``min_k_tiles`` trips in each, since fewer do not fill the pipeline. Depends on shapes only: graphs replay it.
+    """
+    wanted = ctas_per_sm * num_sms // max(num_tiles, 1)
+    splits = max(1, min(wanted, k_tiles // min_k_tiles))
+    return -(-k_tiles // -(-k_tiles // splits))  # no empty part
 
 
 def arch_of(device: torch.device) -> str:

@@ -121,14 +121,3 @@ def used_on(row: TileRow, format: str, archs: Iterable[str]) -> list[str]:
     """Those of ``archs`` on which ``find_row`` gives ``row`` for some number of tokens."""
     limits = {each.max_tokens for each in TILES if each.kernel == row.kernel}
     return [arch for arch in archs if any(find_row(row.kernel, format, arch, limit) is row for limit in limits)]
-
-
-def choose_splits(num_tiles: int, k_tiles: int, num_sms: int, *, ctas_per_sm: int = 2, min_k_tiles: int = 4) -> int:
-    """Into how many parts k is split so that ``num_tiles`` programs become enough to fill the GPU.
-
-    No more than ``ctas_per_sm`` programs per SM, since further ones would wait for a second wave, and at least
-    ``min_k_tiles`` trips in each, since fewer do not fill the pipeline. Depends on shapes only: graphs replay it.
-    """
-    wanted = ctas_per_sm * num_sms // max(num_tiles, 1)
-    splits = max(1, min(wanted, k_tiles // min_k_tiles))
-    return -(-k_tiles // -(-k_tiles // splits))  # no empty part

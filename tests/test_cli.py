@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -243,3 +244,110 @@ def test_costing_never_loads_torch_and_models_loads_little(command: tuple[str, .
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert f"LOADED [] {command[0] == 'cost'}" in result.stdout
+
+
+# -- inspect and bench -----------------------------------------------------------------------------
+
+
+def test_inspect_document_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TOKENFAB_CACHE", str(tmp_path))
+    args = ("inspect", "gemm", "--arch", "sm_90", "--format", "mxfp4-bf16", "--gpu", "h100,h200")
+    document = run_json(*args)
+    assert document["schema_version"] == 1
+    first = document["inspections"][0]
+    assert first["point"]["name"] == "gemm/mxfp4-bf16/m16-16x256"
+    assert first["findings"] == []
+    assert first["compiled"]["spill_store_bytes"] == 0
+    assert {floor["gpu"] for floor in first["floors"]} == {"h100", "h200"}
+    text = run(*args).output
+    assert "HGMMA.64x16x16.F32.BF16" in text
+    assert "0 with findings" in text
+    assert next(line.split()[-1] for line in text.splitlines() if " h100 " in line) == "4.7"
+
+
+def test_inspect_fails_where_something_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from tokenfab.kernels import matmul_points
+
+    monkeypatch.setenv("TOKENFAB_CACHE", str(tmp_path))
+    monkeypatch.setitem(matmul_points.W4A16_MAX_INSTRUCTIONS, "mxfp4", 1.0)
+    result = run("inspect", "gemm", "--arch", "sm_90", "--format", "mxfp4-bf16", "--gpu", "h100")
+    assert result.exit_code == 1
+    assert "2.4" in result.output
+    assert "expected at" in result.output
+
+
+def test_bench_lists_its_points_without_a_gpu() -> None:
+    listed = run_json("bench", "gemm", "--list", "--gpu", "h100", "--model", "deepseek-v3", "--batch", "64")
+    o_proj = {"kernel": "gemm/fp8_block-fp8_group", "m": 64, "n": 7168, "k": 16384, "places": ["deepseek-v3 o_proj"],
+              "l2_policy": "cold_weights"}  # fmt: skip
+    assert o_proj in listed
+    assert "117.5" in run("bench", "--list", "--gpu", "h100", "--model", "deepseek-v3", "--batch", "64").output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("inspect", "gemm", "--format", "int4"), "format: expected one of fp8-fp8"),
+        (("inspect", "gemm", "--arch", "sm_80"), "archs: expected some of sm_90"),
+        (("inspect", "attention"), "op: expected one of gemm"),
+        (("bench", "--list"), "gpu: expected --gpu NAME with --list; got none"),
+        (("bench", "gemm", "--list", "--gpu", "h900"), "gpu: expected one of"),
+        (("bench", "gemm", "--batch", "x"), "batches: invalid literal"),
+    ],
+)
+def test_kernel_commands_refuse_in_one_line(args: tuple[str, ...], message: str) -> None:
+    pytest.importorskip("triton")
+    result = run(*args)
+    assert (result.exit_code, result.output.count("\n")) == (2, 1)
+    assert message in result.output
+
+
+def test_bench_without_a_gpu_says_so_and_offers_inspect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    result = run("bench", "gemm", "--out", str(tmp_path / "records"))
+    assert result.exit_code == 2
+    assert re.fullmatch(
+        r"error: GPU: expected .*; found none\. Without one, `tokenfab inspect gemm` .*\n", result.output
+    )
+    assert not (tmp_path / "records").exists()
+
+
+def test_bench_never_times_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    result = run("bench", "gemm")
+    assert result.exit_code == 2
+    assert "the interpreter's times on the CPU are no kernel speeds" in result.output
+
+
+def test_bench_runs_each_pass_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from tokenfab import kernel_commands
+    from tokenfab.bench import cuda_device
+    from tokenfab.bench.device import DeviceProperties
+
+    class Device:
+        properties = DeviceProperties(
+            name="NVIDIA H100 80GB HBM3", uuid="GPU-0", l2_bytes=1, driver="1", cuda="1", torch="1", triton="1"
+        )
+
+    commands: list[list[str]] = []
+
+    def record(command: list[str], **_: Any) -> Any:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(cuda_device, "CudaDevice", Device)
+    monkeypatch.setattr(kernel_commands.subprocess, "run", record)
+    out = str(tmp_path / "records")
+    asked = ["gemm", "--model", "deepseek-v3", "--format", "fp8_block", "--batch", "1,64", "--gpu", "h200",
+             "--budget", "3.0", "--no-energy", "--out", out]  # fmt: skip
+    result = run("bench", *asked, "--processes", "2")
+    assert result.exit_code == 0, result.output
+    assert [command[1:4] for command in commands] == [["-m", "tokenfab", "bench"]] * 2
+    assert [command[4:] for command in commands] == [[*asked, "--pass", str(number)] for number in (1, 2)]
+    assert "H200 SXM" in result.output

@@ -50,6 +50,8 @@ def test_wheel_holds_every_module_and_data_file(wheel: set[str]) -> None:
     expected |= {
         "tokenfab/__init__.py",
         "tokenfab/__main__.py",
+        "tokenfab/cli.py",
+        "tokenfab/kernel_commands.py",
         "tokenfab/costing/prices.toml",
         "tokenfab/costing/report.html",
     }

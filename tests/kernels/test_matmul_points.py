@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from tokenfab.bench.inspect import inspect
 from tokenfab.kernels.matmul_points import COMPILED_ARCHS, matmul_points, row_points
-from tokenfab.kernels.tiles import ANY_NUMBER, ARCHS, TILES, Tile, choose_splits, find_tile, used_on
+from tokenfab.kernels.split_k import choose_splits
+from tokenfab.kernels.tiles import ANY_NUMBER, ARCHS, TILES, Tile, find_tile, used_on
 
 W4A16 = "gemm/mxfp4-bf16/m16-16x256"
 

@@ -1,0 +1,58 @@
+"""The libraries' kernels with their inputs and reference, run as tokenfab's own are. Imports torch.
+
+``torch._scaled_mm``: scales per tensor go to cuBLAS, per row to torch's CUTLASS kernel, as torch decides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..kernels.inputs import random_matrix
+from ..kernels.matmul_runs import Buffers, StoredMatmul
+from ..kernels.registry import Shape
+
+
+class TorchMatmul(StoredMatmul):
+    """``torch.matmul`` of BF16 operands."""
+
+    def launch(self, weights: Buffers, activations: Buffers, output: torch.Tensor) -> None:
+        torch.matmul(activations["data"], weights["data"].t(), out=output)
+
+
+class TorchScaledMm(StoredMatmul):
+    """``torch._scaled_mm`` of FP8 operands, with the fast accumulation that torch's users choose."""
+
+    def launch(self, weights: Buffers, activations: Buffers, output: torch.Tensor) -> None:
+        x_scale, w_scale = activations["scale"], weights["scale"]
+        w_scale = w_scale.reshape(1, -1) if w_scale.dim() else w_scale
+        torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+            activations["data"], weights["data"].t(), x_scale, w_scale, out_dtype=output.dtype, use_fast_accum=True,
+            out=output,
+        )  # fmt: skip
+
+
+class Copy:
+    """A copy of ``num_bytes``: what it reads are its activations, since nothing of it stays from call to call."""
+
+    def __init__(self, weight: str, activation: str) -> None:
+        self.format = (weight, activation)
+
+    def make_weights(self, shape: Shape, seed: int, device: Any, *, is_exact: bool = False) -> Buffers:
+        return {}
+
+    def make_activations(self, shape: Shape, seed: int, device: Any, *, is_exact: bool = False) -> Buffers:
+        return {"data": random_matrix(1, shape["num_bytes"] // 2, seed, torch.device(device))}
+
+    def make_output(self, shape: Shape, device: Any) -> torch.Tensor:
+        return torch.empty(1, shape["num_bytes"] // 2, dtype=torch.bfloat16, device=device)
+
+    def launch(self, weights: Buffers, activations: Buffers, output: torch.Tensor) -> None:
+        output.copy_(activations["data"])
+
+    def reference(self, shape: Shape, weights: Buffers, activations: Buffers) -> torch.Tensor:
+        return activations["data"]
+
+    def tile(self, shape: Shape, device: Any) -> dict[str, int]:
+        return {}

@@ -1,0 +1,94 @@
+"""What is benched: shapes of real models, formats of their checkpoints, what runs on the GPU, libraries beside it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from tokenfab.bench.gpus import GPUS, get_gpu
+from tokenfab.bench.peers import COPY, PEERS
+from tokenfab.bench.targets import DEFAULT_BATCHES, DEFAULT_MODELS, capability, find_targets, known_ops, peers_of
+from tokenfab.kernels.registry import find_kernels
+
+SCALED_MM = {"gemm/fp8-fp8@torch._scaled_mm", "gemm/fp8_row-fp8_row@torch._scaled_mm"}
+H100, B200 = get_gpu("h100"), get_gpu("b200")
+
+
+def names(*args: object, **changes: object) -> dict[str, set[tuple[int, ...]]]:
+    found: dict[str, set[tuple[int, ...]]] = {}
+    for target in find_targets(*args, **changes):  # type: ignore[arg-type]
+        found.setdefault(target.kernel.name, set()).add(tuple(target.shape.values()))
+    return found
+
+
+def test_shapes_are_the_models_own() -> None:
+    found = names("gemm", None, ["deepseek-v3"], [64], H100)
+    assert set(found) == {"gemm/fp8_block-fp8_group", *SCALED_MM}
+    shapes = found["gemm/fp8_block-fp8_group"]
+    assert {(64, 7168, 16384), (64, 24576, 1536), (64, 2112, 7168), (64, 4096, 7168), (64, 7168, 2048)} <= shapes
+    assert (64, 256, 7168) not in shapes  # the router is BF16
+    assert (64, 129280, 7168) not in shapes  # so is the LM head
+
+
+def test_places_name_every_model_of_a_shape() -> None:
+    targets = find_targets("gemm", ["fp8_block"], ["deepseek-v3", "deepseek-r1"], [1], H100)
+    o_proj = next(t for t in targets if t.kernel.library == "" and t.shape == {"m": 1, "n": 7168, "k": 16384})
+    assert o_proj.places == ("deepseek-v3 o_proj", "deepseek-r1 o_proj")
+
+
+def test_a_checkpoint_without_kernels_gets_all_formats() -> None:
+    """gpt-oss keeps its projections in BF16, for which there is no kernel of the house."""
+    found = names("gemm", None, ["gpt-oss-120b"], [1], H100)
+    assert {"gemm/mxfp4-bf16", "gemm/fp8_block-fp8_group", "gemm/bf16-bf16@torch.matmul"} <= set(found)
+    assert "gemm/nvfp4-nvfp4" not in found  # needs capability 10
+    assert "gemm/nvfp4-nvfp4" in names("gemm", None, ["gpt-oss-120b"], [1], B200)
+
+
+def test_asked_formats_only_and_their_peers() -> None:
+    found = names("gemm", ["mxfp4-bf16"], ["deepseek-v3"], [1], H100)
+    assert set(found) == {"gemm/mxfp4-bf16", "gemm/bf16-bf16@torch.matmul"}
+    assert {peer.name for peer in peers_of(find_kernels("gemm", ["nvfp4-nvfp4"]))} == SCALED_MM
+
+
+def test_copy_moves_what_it_says_and_rotates_all() -> None:
+    for target in find_targets("copy", None, [], [], H100):
+        assert target.l2_policy == "cold_all"
+        assert target.kernel.work(target.shape).activation_bytes == 2 * target.shape["num_bytes"]
+    assert known_ops()[-1] == COPY.op == "copy"
+
+
+def test_default_run_has_every_shape_once() -> None:
+    targets = find_targets(None, None, DEFAULT_MODELS, DEFAULT_BATCHES, H100)
+    keys = [(t.kernel.name, t.fields) for t in targets]
+    assert len(keys) == len(set(keys)) > 100
+    assert {t.shape["m"] for t in targets if t.kernel.op == "gemm"} == set(DEFAULT_BATCHES)
+    assert all(t.l2_policy == "cold_weights" for t in targets if t.kernel.op == "gemm")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("attn", None, ["deepseek-v3"], [1], H100), "op: expected one of gemm"),
+        (("gemm", ["int4"], ["deepseek-v3"], [1], H100), "format: expected one of fp8-fp8"),
+        (("gemm", None, ["deepseek-v9"], [1], H100), "model"),
+        (("gemm", ["nvfp4-nvfp4"], ["deepseek-v3"], [1], H100), "expected a kernel that runs on h100; got nvfp4-nvfp4"),
+        (("gemm", None, ["deepseek-v3"], [1], get_gpu("mi300x")), "expected an NVIDIA GPU; got mi300x"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_benched_is_said(args: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_targets(*args)  # type: ignore[arg-type]
+
+
+def test_capabilities() -> None:
+    assert [capability(GPUS[name]) for name in ("a100", "h100", "b200", "b300", "rtx_5090")] == [80, 90, 100, 103, 120]
+
+
+def test_peers_are_marked_as_a_librarys() -> None:
+    assert all(kernel.library and kernel.library in kernel.name and kernel.source_texts() for kernel in (*PEERS, COPY))
+
+
+def test_targets_need_no_torch() -> None:
+    code = "import sys, tokenfab.bench.targets, tokenfab.bench.campaign; print({'torch', 'triton'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
