@@ -32,21 +32,16 @@ GROUP = 128
 
 
 @triton.jit
-def _fp8_few_tokens_kernel(
-    x_ptr, w_ptr, xs_ptr, ws_ptr, y_ptr,
-    M, N, K, stride_xm, stride_wn, stride_xsm, stride_wsn, stride_ym, stride_ys, k_tiles, k_tiles_per_split,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALING: tl.constexpr, EVEN_K: tl.constexpr,
+def accumulate(
+    x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, mask_m, mask_n, K, first, last,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALING: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """One (BLOCK_N, BLOCK_M) tile of y^T over a range of k; BLOCK_K is 128."""
-    pid_n, pid_m, pid_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first = pid_k * k_tiles_per_split
-    last = tl.minimum(first + k_tiles_per_split, k_tiles)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = first * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_m, mask_n = offs_m < M, offs_n < N
-    x_ptrs = x_ptr + offs_m[None, :].to(tl.int64) * stride_xm + offs_k[:, None]
-    w_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :]
+    """(BLOCK_N, BLOCK_M) FP32: w . x^T over tiles of 128 of k from ``first`` to ``last``, block scales applied.
+
+    Pointers: x (128, BLOCK_M), w (BLOCK_N, 128) at tile ``first``; xs (BLOCK_M), ws (BLOCK_N) at tile 0, advancing by
+    one per tile. SCALING "none": operands without scales (BF16), summed by the matrix unit itself.
+    """
+    offs_k = first * 128 + tl.arange(0, 128)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for tile in range(first, last):
         if EVEN_K:
@@ -56,15 +51,42 @@ def _fp8_few_tokens_kernel(
             mask_k = offs_k < K
             x = tl.load(x_ptrs, mask=mask_m[None, :] & mask_k[:, None], other=0.0)
             w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
-        part = tl.dot(w, x)
-        if SCALING == "block":
-            xs = tl.load(xs_ptr + offs_m.to(tl.int64) * stride_xsm + tile, mask=mask_m, other=0.0)
-            ws = tl.load(ws_ptr + (offs_n // 128).to(tl.int64) * stride_wsn + tile, mask=mask_n, other=0.0)
-            part = part * ws[:, None] * xs[None, :]
-        acc += part
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-        offs_k += BLOCK_K
+        if SCALING == "none":
+            acc = tl.dot(w, x, acc)
+        else:
+            part = tl.dot(w, x)
+            if SCALING == "block":
+                xs = tl.load(xs_ptrs + tile, mask=mask_m, other=0.0)
+                ws = tl.load(ws_ptrs + tile, mask=mask_n, other=0.0)
+                part = part * ws[:, None] * xs[None, :]
+            acc += part
+        x_ptrs += 128
+        w_ptrs += 128
+        offs_k += 128
+    return acc
+
+
+@triton.jit
+def _fp8_few_tokens_kernel(
+    x_ptr, w_ptr, xs_ptr, ws_ptr, y_ptr,
+    M, N, K, stride_xm, stride_wn, stride_xsm, stride_wsn, stride_ym, stride_ys, k_tiles, k_tiles_per_split,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALING: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """One (BLOCK_N, BLOCK_M) tile of y^T over a range of k."""
+    pid_n, pid_m, pid_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first = pid_k * k_tiles_per_split
+    last = tl.minimum(first + k_tiles_per_split, k_tiles)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = first * 128 + tl.arange(0, 128)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    x_ptrs = x_ptr + offs_m[None, :].to(tl.int64) * stride_xm + offs_k[:, None]
+    w_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :]
+    xs_ptrs = xs_ptr + offs_m.to(tl.int64) * stride_xsm
+    ws_ptrs = ws_ptr + (offs_n // 128).to(tl.int64) * stride_wsn
+    acc = accumulate(
+        x_ptrs, w_ptrs, xs_ptrs, ws_ptrs, mask_m, mask_n, K, first, last, BLOCK_M, BLOCK_N, SCALING, EVEN_K
+    )
     if SCALING == "tensor":
         acc = acc * (tl.load(xs_ptr) * tl.load(ws_ptr))
     if SCALING == "row":
@@ -184,7 +206,7 @@ def fp8_matmul(
         x, w, x_scale, w_scale, target,
         tokens, rows, columns, x.stride(0), w.stride(0), stride_xs, stride_ws,
         target.stride(-2), target.stride(0) if splits > 1 else 0, groups, per_split,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=GROUP, SCALING=scaling, EVEN_K=columns % GROUP == 0,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SCALING=scaling, EVEN_K=columns % GROUP == 0,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     sum_splits(target, out)

@@ -96,8 +96,7 @@ def _fp8(row: TileRow, scaling: str, arch: str, is_even: bool) -> CompilePoint:
     return _point(
         _name(weight, activation, row, is_even), "fp8_matmul", "_fp8_few_tokens_kernel",
         types | dict.fromkeys(sizes.split(), "i32"),
-        {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "SCALING": scaling,
-         "EVEN_K": is_even},
+        {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SCALING": scaling, "EVEN_K": is_even},
         "N K stride_xm stride_wn stride_ym", values_per_iteration=tile.block_n * tile.block_k,
         bits_per_value=get_format(weight).bits_per_value, flops_per_value=2 * tile.block_m, matrix_rate="fp8",
         expect=_EXPECT["fp8", arch], **_facts(row, arch),
