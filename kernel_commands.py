@@ -10,13 +10,21 @@ from typing import Any
 
 import click
 
+from .bench.peers import COPY
 from .cli import UserError, comma, json_option, path_type, print_json, show
+from .kernels.registry import OPS
 
-format_option = comma("--format", "formats", "WEIGHT-ACTIVATION (mxfp4-bf16) or a weight format (mxfp4).")
+format_option = comma(
+    "--format", "formats", "WEIGHT-ACTIVATION (mxfp4-bf16), a weight format (mxfp4), or of a quantizer its result's."
+)
+
+
+def _op_argument(ops: Sequence[str]) -> Any:
+    return click.argument("op", required=False, metavar=f"[{'|'.join(ops)}]")
 
 
 @click.command()
-@click.argument("op", required=False)
+@_op_argument(OPS)
 @comma("--arch", "archs", "Of sm_90, sm_100, sm_103, sm_120.", default="sm_90,sm_100,sm_120", show_default=True)
 @format_option
 @comma("--gpu", "gpus", "GPUs for the floors.", default="h100,h200,b200,rtx_pro_6000", show_default=True)
@@ -27,13 +35,13 @@ def inspect(
     op: str | None, archs: list[str], formats: list[str] | None, gpus: list[str], jobs: int | None, no_cache: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Compile tokenfab's kernels ahead of time, without a GPU, and say what they cost. OP is gemm, or all.
+    """Compile tokenfab's kernels ahead of time, without a GPU, and say what they cost: those of one op, or all.
 
     For each tile: registers, spills, shared memory, occupancy, the matrix instructions, and the SASS instructions
-    that the hot loop spends per value of the operand that streams from memory (a weight); then, per GPU, the
-    floors of bytes, matrix flops and instruction issue, and the one that binds. Budget: instructions per value at
-    which issue would bind. Exit code 1 if anything is wrong: a spill, a missing native instruction, a failed
-    compilation.
+    that the hot loop spends per value of the operand that streams from memory (a weight, or what a quantizer reads);
+    then, per GPU, the floors of bytes, matrix flops and instruction issue, and the one that binds. Budget:
+    instructions per value at which issue would bind. Exit code 1 if anything is wrong: a spill, a missing native
+    instruction, a failed compilation.
 
     \b
     Examples:
@@ -69,7 +77,7 @@ def inspect(
 
 
 @click.command()
-@click.argument("op", required=False)
+@_op_argument((*OPS, COPY.op))
 @comma("--model", "models", "Whose shapes; see `tokenfab models`.", default="deepseek-v3,qwen3-30b-a3b,gpt-oss-120b",
        show_default=True)  # fmt: skip
 @format_option
@@ -87,7 +95,7 @@ def bench(
     op: str | None, models: list[str], formats: list[str] | None, batches: list[int], gpu: str | None, processes: int,
     budget_s: float, no_energy: bool, out: Path, only_list: bool, this_pass: int | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Measure tokenfab's kernels on this machine's GPU, beside cuBLAS and a copy. OP is gemm or copy, or all.
+    """Measure tokenfab's kernels on this machine's GPU, beside cuBLAS and a copy: one op, or all.
 
     Shapes are those of the models' decode steps. Each point is a CUDA graph of many calls over rotating buffers,
     warmed up until flat, checked before and after, with clocks and throttling read at each block; it is appended
@@ -133,11 +141,10 @@ def bench(
         again += ["--gpu", row.name, "--budget", str(budget_s), *(["--no-energy"] if no_energy else [])]
         for number in range(1, processes + 1):
             _run_pass([*again, "--out", str(out)], number)
-        wanted = {(t.kernel.op, t.kernel.weight, t.kernel.activation, t.fields) for t in targets}
+        wanted = [(t.kernel.op, t.kernel.formats, t.shape) for t in targets]
         found = [
             each for each in summaries(store.records())
-            if (each.point.op, each.point.formats["weight"], each.point.formats["activation"],
-                tuple(each.point.shape.items())) in wanted
+            if (each.point.op, each.point.formats, each.point.shape) in wanted
         ]  # fmt: skip
         title = f"{row.title}, {store.path}"
         show(as_json, lambda: [each.as_dict() for each in found], lambda: summaries_table(title, found))

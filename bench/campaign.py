@@ -70,7 +70,7 @@ def point_of(target: Target, gpu: Gpu, properties: DeviceProperties, tile: dict[
     return Point(
         op=kernel.op,
         shape=target.shape,
-        formats={"weight": kernel.weight, "activation": kernel.activation},
+        formats=kernel.formats,
         recipe=kernel.library or "tokenfab",
         l2_policy=target.l2_policy,  # pyright: ignore[reportArgumentType]
         kernel_hash=kernel_hash(kernel, properties),

@@ -40,7 +40,7 @@ def make_case(kernel: Kernel, shape: Shape, gpu: Gpu, device: Any = "cuda") -> C
         for name, part in run.make_activations(shape, seed, device).items():
             activations[name].copy_(part)
 
-    def distance(weights: Any, activations: Any, output: torch.Tensor) -> float:
+    def distance(weights: Any, activations: Any, output: Any) -> float:
         return error(output, run.reference(shape, weights, activations))
 
     return Case(

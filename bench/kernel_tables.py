@@ -55,7 +55,8 @@ def summaries_table(title: str, summaries: Sequence[Summary]) -> Table:
     rows = []
     for each in summaries:
         point = each.point
-        name = f"{point.op}/{point.formats['weight']}-{point.formats['activation']}"
+        formats = (point.formats.get(part) for part in ("weight", "activation"))
+        name = f"{point.op}/{'-'.join(filter(None, formats))}"
         name += "" if point.recipe == "tokenfab" else f"@{point.recipe}"
         verdict = "; ".join(each.invalid or each.flags) or "ok"
         rows.append((

@@ -1,20 +1,23 @@
 """What to bench: kernels of the registry at the shapes that real models' decode plans ask for.
 
-So a record lines up with the published row of the same shape on the same GPU. Needs no torch.
+So a record lines up with the published row of the same shape on the same GPU. Quantizers stand where a step quantizes:
+with the norms before attention and FFN, with SwiGLU (of the routed experts too, a row per token and expert), and alone
+before the output projection. MLA's norms of latents have no residual and are left out. Needs no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..kernels.formats import FORMATS
-from ..kernels.registry import KERNELS, Kernel, find_kernels
-from .decode_plan import decode_plan
-from .deployment import PRECISIONS, Deployment
+from ..kernels.registry import OPS, Kernel, find_kernels
+from .decode_plan import OpCall, decode_plan
+from .deployment import PRECISIONS, Deployment, Precision
 from .gpus import Gpu
+from .model_config import ModelConfig
 from .models import load_model
-from .ops import Gemm, Op
+from .ops import Experts, Gemm
 from .peers import COPY, COPY_SHAPES, PEERS
 
 DEFAULT_MODELS = ("deepseek-v3", "qwen3-30b-a3b", "gpt-oss-120b")
@@ -38,11 +41,19 @@ class Target:
 
     @property
     def l2_policy(self) -> str:
-        """Decoding finds its weights out of L2; a kernel without weights is measured with everything out of it."""
+        """What a decode step leaves in L2.
+
+        A matmul finds its weights out of it. A quantizer (no format of weights) reads what the kernel before it has
+        just written, which fits into L2, and writes what the next one reads: hot, a norm's few weights with them; where
+        a large batch does not fit, it does not here either. A copy, to show memory's bandwidth, finds nothing.
+        """
+        if not self.kernel.weight:
+            return "hot"
         return "cold_weights" if self.kernel.work(self.shape).weight_bytes else "cold_all"
 
 
-_Add = Callable[[Kernel, tuple[tuple[str, int], ...], str], None]
+_Fields = tuple[tuple[str, int], ...]
+_Add = Callable[[Kernel, _Fields, str], None]
 
 
 def capability(gpu: Gpu) -> int:
@@ -63,7 +74,7 @@ def find_targets(
     """The kernels that run on ``gpu``, and the libraries' beside them, at the shapes of ``models``.
 
     Args:
-        op: "gemm", "copy", or None for all. formats: as in ``find_kernels``; None: for each model those of its
+        op: one of ``known_ops``, or None for all. formats: as in ``find_kernels``; None: for each model those of its
             checkpoint, or all where no kernel has these.
         batches: tokens per GPU and step.
 
@@ -99,24 +110,40 @@ def _add_model(
     for batch in batches:
         deployment = Deployment(1, 1, 1, _QUANTIZED, batch, 1)
         for call in decode_plan(model, gpu, deployment, check_memory=False):
-            fields = op_fields(call.op)
-            if fields is None:
-                continue
-            fitting = [kernel for kernel in kernels if kernel.op == call.op.kind]
-            if not is_asked and own is not None:
-                native = [k for k in fitting if (k.weight, k.activation) == (own.linear, own.linear_activation)]
-                fitting = native or fitting
-            for kernel in fitting:
-                add(kernel, fields, f"{model.name} {call.name}")
-            for peer in peers_of(fitting):
-                add(peer, fields, f"{model.name} {call.name}")
+            for op, fields, place in op_shapes(call, model, deployment.rows):
+                fitting = [kernel for kernel in kernels if kernel.op == op]
+                if not is_asked and own is not None:
+                    fitting = [kernel for kernel in fitting if _is_native(kernel, own, call)] or fitting
+                for kernel in (*fitting, *peers_of(fitting)):
+                    add(kernel, fields, f"{model.name} {place}")
 
 
-def op_fields(op: Op) -> tuple[tuple[str, int], ...] | None:
-    """The shape of an op that the registry has kernels for; None of any other: router and LM head stay BF16."""
-    if isinstance(op, Gemm) and op.weight == _QUANTIZED.linear:
-        return (("m", op.m), ("n", op.n), ("k", op.k))
-    return None
+def _is_native(kernel: Kernel, own: Precision, call: OpCall) -> bool:
+    """Whether a checkpoint's own formats are those of the kernel; an expert's SwiGLU makes the experts' activations."""
+    activation = own.experts_activation if isinstance(call.op, Experts) else own.linear_activation
+    return kernel.weight in ("", own.linear) and kernel.activation == activation
+
+
+def op_shapes(call: OpCall, model: ModelConfig, rows: int) -> Iterator[tuple[str, _Fields, str]]:
+    """What the registry has kernels for in one call of a plan: op, shape and place.
+
+    Router and LM head stay BF16. ``rows``: of a matmul's activations, as in the plan.
+    """
+
+    def quantizer(op: str, num_rows: int, columns: int, place: str) -> tuple[str, _Fields, str]:
+        return op, (("rows", num_rows), ("columns", columns)), place
+
+    op, name = call.op, call.name
+    if name in ("attention_norm", "ffn_norm"):
+        yield quantizer("rms_norm_quantize", rows, model.hidden_size, name)
+    elif isinstance(op, Experts):
+        yield quantizer("swiglu_quantize", round(op.rows), op.inter // op.tp, "experts_swiglu")
+    elif isinstance(op, Gemm) and op.weight == _QUANTIZED.linear:
+        yield op.kind, (("m", op.m), ("n", op.n), ("k", op.k)), name
+        if name == "o_proj":
+            yield quantizer("quantize", op.m, op.k, name)
+        elif name.endswith("_down"):
+            yield quantizer("swiglu_quantize", op.m, op.k, name.replace("_down", "_swiglu"))
 
 
 def peers_of(kernels: Iterable[Kernel]) -> list[Kernel]:
@@ -127,4 +154,4 @@ def peers_of(kernels: Iterable[Kernel]) -> list[Kernel]:
 
 
 def known_ops() -> list[str]:
-    return list(dict.fromkeys([*(kernel.op for kernel in KERNELS), COPY.op]))
+    return [*OPS, COPY.op]

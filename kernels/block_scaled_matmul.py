@@ -7,8 +7,9 @@ Shapes:  x (M, K), w (N, K) float8_e4m3fn, or (M, K / 2), (N, K / 2) uint8, two 
 Kernel:  one, computing a . b^T for the operand ``a`` on the M side of the matrix instruction: the tokens
          where there are many, the weights where there are at most 64, so that the 128 rows of a Blackwell
          instruction are all used. Block-scaled ``tcgen05`` on sm_100 and sm_103, block-scaled ``mma.sync``
-         on sm_120 (not MXFP4 by MXFP8). Elsewhere Triton widens MX operands to BF16, and NVFP4 is
-         refused: there, FP4 weights prepared once for ``w4a16_matmul`` are the better way.
+         on sm_120. There Triton has no instruction for MXFP4 by MXFP8, so the kernel expands the E2M1 codes to
+         E4M3, exactly, and multiplies MXFP8 by MXFP8. Elsewhere Triton widens MX operands to BF16, and NVFP4
+         is refused: there, FP4 weights prepared once for ``w4a16_matmul`` are the better way.
 Errors:  ``ValueError`` before any launch, naming argument, expected, got.
 Source:  OCP Microscaling Formats 1.0; PTX ISA, ``tcgen05.mma`` kinds mxf8f6f4, mxf4nvf4; Triton ``tl.dot_scaled``.
 """
@@ -22,6 +23,7 @@ import triton.language as tl
 from .checks import require, seen
 from .split_k import arch_of, check_out, plan_splits, split_target, sum_splits
 from .tiles import Tile, find_tile
+from .w4a8_matmul import bytes_as_e4m3, prmt
 
 MAX_FEW_TOKENS = 64
 OPERANDS = {
@@ -30,6 +32,61 @@ OPERANDS = {
     "mxfp4": (torch.uint8, 2, 32, torch.uint8),
     "nvfp4": (torch.uint8, 2, 16, torch.float8_e4m3fn),
 }
+
+
+@triton.jit
+def _e2m1_as_e4m3(w, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(ROWS, COLUMNS / 8) words of eight codes, the first lowest -> (ROWS, COLUMNS) E4M3 of the same value."""
+    selector, raised = w & 0x77777777, w << 4
+    value_0 = prmt(0x3C383000, 0x4C484440, selector)  # the eight magnitudes: 0 to 1.5, 2 to 6
+    value_1 = prmt(0x3C383000, 0x4C484440, selector >> 16)
+    sign_0 = prmt(raised, w, 0x5140) & -0x7F7F7F80  # each code at the top of its byte; 0x80808080
+    sign_1 = prmt(raised, w, 0x7362) & -0x7F7F7F80
+    return tl.reshape(bytes_as_e4m3(tl.join(value_0 | sign_0, value_1 | sign_1)), (ROWS, COLUMNS))
+
+
+@triton.jit
+def accumulate_block_scaled(
+    a_ptrs, b_ptrs, as_ptrs, bs_ptrs, mask_a, mask_b, K, first, last,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PACK_A: tl.constexpr,
+    PACK_B: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_A, BLOCK_B) FP32: a . b^T over tiles of BLOCK_K from ``first`` to ``last``.
+
+    Pointers at tile ``first``: a (BLOCK_A, BLOCK_K / PACK_A), b (BLOCK_K / PACK_B, BLOCK_B), scales (rows, BLOCK_K /
+    GROUP). PACK: codes per element: 1 (E4M3), 2 (E2M1 in bytes) or 8 (E2M1 in int32, to be expanded to E4M3).
+    """
+    offs_ka = first * (BLOCK_K // PACK_A) + tl.arange(0, BLOCK_K // PACK_A)
+    offs_kb = first * (BLOCK_K // PACK_B) + tl.arange(0, BLOCK_K // PACK_B)
+    offs_s = first * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)
+    kind_a: tl.constexpr = "e2m1" if PACK_A == 2 else "e4m3"
+    kind_b: tl.constexpr = "e2m1" if PACK_B == 2 else "e4m3"
+    acc = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    for _ in range(first, last):
+        if EVEN_K:
+            a = tl.load(a_ptrs, mask=mask_a[:, None], other=0.0)
+            b = tl.load(b_ptrs, mask=mask_b[None, :], other=0.0)
+            a_scale = tl.load(as_ptrs, mask=mask_a[:, None], other=0.0)
+            b_scale = tl.load(bs_ptrs, mask=mask_b[:, None], other=0.0)
+        else:
+            mask_ka, mask_kb, mask_s = offs_ka < K // PACK_A, offs_kb < K // PACK_B, offs_s < K // GROUP
+            a = tl.load(a_ptrs, mask=mask_a[:, None] & mask_ka[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=mask_b[None, :] & mask_kb[:, None], other=0.0)
+            a_scale = tl.load(as_ptrs, mask=mask_a[:, None] & mask_s[None, :], other=0.0)
+            b_scale = tl.load(bs_ptrs, mask=mask_b[:, None] & mask_s[None, :], other=0.0)
+        if PACK_A == 8:
+            a = _e2m1_as_e4m3(a, BLOCK_A, BLOCK_K)
+        if PACK_B == 8:
+            b = tl.trans(_e2m1_as_e4m3(tl.trans(b), BLOCK_B, BLOCK_K))
+        acc = tl.dot_scaled(a, a_scale, kind_a, b, b_scale, kind_b, acc)
+        a_ptrs += BLOCK_K // PACK_A
+        b_ptrs += BLOCK_K // PACK_B
+        as_ptrs += BLOCK_K // GROUP
+        bs_ptrs += BLOCK_K // GROUP
+        offs_ka += BLOCK_K // PACK_A
+        offs_kb += BLOCK_K // PACK_B
+        offs_s += BLOCK_K // GROUP
+    return acc
 
 
 @triton.jit
@@ -53,33 +110,13 @@ def _block_scaled_kernel(
     offs_ka = first * (BLOCK_K // PACK_A) + tl.arange(0, BLOCK_K // PACK_A)
     offs_kb = first * (BLOCK_K // PACK_B) + tl.arange(0, BLOCK_K // PACK_B)
     offs_s = first * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)
-    a_ptrs = a_ptr + offs_a[:, None].to(tl.int64) * stride_a + offs_ka[None, :]
-    b_ptrs = b_ptr + offs_b[None, :].to(tl.int64) * stride_b + offs_kb[:, None]
-    as_ptrs = as_ptr + offs_a[:, None].to(tl.int64) * stride_as + offs_s[None, :]
-    bs_ptrs = bs_ptr + offs_b[:, None].to(tl.int64) * stride_bs + offs_s[None, :]
-    kind_a: tl.constexpr = "e2m1" if PACK_A == 2 else "e4m3"
-    kind_b: tl.constexpr = "e2m1" if PACK_B == 2 else "e4m3"
-    acc = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
-    for _ in range(first, last):
-        if EVEN_K:
-            a = tl.load(a_ptrs, mask=mask_a[:, None], other=0.0)
-            b = tl.load(b_ptrs, mask=mask_b[None, :], other=0.0)
-            a_scale = tl.load(as_ptrs, mask=mask_a[:, None], other=0.0)
-            b_scale = tl.load(bs_ptrs, mask=mask_b[:, None], other=0.0)
-        else:
-            mask_ka, mask_kb, mask_s = offs_ka < K // PACK_A, offs_kb < K // PACK_B, offs_s < K // GROUP
-            a = tl.load(a_ptrs, mask=mask_a[:, None] & mask_ka[None, :], other=0.0)
-            b = tl.load(b_ptrs, mask=mask_b[None, :] & mask_kb[:, None], other=0.0)
-            a_scale = tl.load(as_ptrs, mask=mask_a[:, None] & mask_s[None, :], other=0.0)
-            b_scale = tl.load(bs_ptrs, mask=mask_b[:, None] & mask_s[None, :], other=0.0)
-        acc = tl.dot_scaled(a, a_scale, kind_a, b, b_scale, kind_b, acc)
-        a_ptrs += BLOCK_K // PACK_A
-        b_ptrs += BLOCK_K // PACK_B
-        as_ptrs += BLOCK_K // GROUP
-        bs_ptrs += BLOCK_K // GROUP
-        offs_ka += BLOCK_K // PACK_A
-        offs_kb += BLOCK_K // PACK_B
-        offs_s += BLOCK_K // GROUP
+    acc = accumulate_block_scaled(
+        a_ptr + offs_a[:, None].to(tl.int64) * stride_a + offs_ka[None, :],
+        b_ptr + offs_b[None, :].to(tl.int64) * stride_b + offs_kb[:, None],
+        as_ptr + offs_a[:, None].to(tl.int64) * stride_as + offs_s[None, :],
+        bs_ptr + offs_b[:, None].to(tl.int64) * stride_bs + offs_s[None, :],
+        mask_a, mask_b, K, first, last, BLOCK_A, BLOCK_B, BLOCK_K, GROUP, PACK_A, PACK_B, EVEN_K,
+    )  # fmt: skip
     acc = acc * tl.load(factor_ptr)
     y_ptrs = y_ptr + pid_k.to(tl.int64) * stride_ys
     y_ptrs += offs_a[:, None].to(tl.int64) * stride_ya + offs_b[None, :].to(tl.int64) * stride_yb
@@ -137,7 +174,12 @@ def block_scaled_matmul(
     out = check_out(out, tokens, rows, out_dtype, x.device)
     is_few = tokens <= MAX_FEW_TOKENS
     pair = format if x_format == format else f"{format}_{x_format}"
-    tile = tile or find_tile("block_scaled", pair, arch_of(x.device), tokens)
+    arch = arch_of(x.device)
+    tile = tile or find_tile("block_scaled", pair, arch, tokens)
+    if pair == "mxfp4_mxfp8" and arch.startswith("sm_12"):
+        is_aligned = w.storage_offset() % 4 == 0 and w.stride(0) % 4 == 0
+        require(is_aligned, "w", "rows on a grid of 4 bytes", f"offset {w.storage_offset()}, stride {w.stride()}")
+        w, pack = w.view(torch.int32), 8  # to be expanded
     k_tiles, num_tiles = triton.cdiv(columns, tile.block_k), triton.cdiv(tokens, tile.block_m)
     num_tiles *= triton.cdiv(rows, tile.block_n)
     splits, per_split = plan_splits(split_k if is_few or split_k else 1, num_tiles, k_tiles, x.device)

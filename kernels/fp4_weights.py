@@ -6,11 +6,11 @@ matrix instruction wants, so decoding is bit arithmetic in registers and nothing
 memory twice. The trick is that of Marlin and of humming (weights permuted offline to fragment order);
 the bit layout here is tokenfab's own.
 
-Layout of ``words``, int32, (n_tiles, k_tiles, 2, 4, 128, 4), with n and k inside the tile in bits:
+Layout of ``words``, int32, (n_tiles, k_tiles, 4, 2, 128, 4), with n and k inside the tile in bits:
 
     index      bits of n and k             range
-    [2]        k4                          2
-    [3]        n7 n6                       4     64-row blocks
+    [2]        n7 n6                       4     64-row blocks
+    [3]        k4                          2
     [4]        n5 n4 | n2 n1 n0 | k6 k5    128   warp, lane
     [5]        k3 k2                       4     one 128-bit load
     half word  k0                                low half k0 = 0
@@ -22,7 +22,7 @@ and high mantissa bit (15, 8, 7, 6): value 0 at {15, 8:6}, 1 at {12, 5:3}, 2 at 
 even where it is subnormal, and one multiplication by the block scale (times 2^126) finishes it. A
 thread holds whole scale blocks: k6 k5 choose the lane, so 32 neighbours in k share one thread.
 
-``scales``, int16: (n_tiles, k_tiles, 2 or 1, 4, 128): axis 2 is k4 for NVFP4's blocks of 16 and 1 for
+``scales``, int16: (n_tiles, k_tiles, 4, 2 or 1, 128): axis 3 is k4 for NVFP4's blocks of 16 and 1 for
 MXFP4's blocks of 32; the low byte is the scale for n3 = 0, the high one for n3 = 1. MXFP4's
 byte is the BF16 exponent field of scale x 2^126; NVFP4's is an unsigned float of 5 exponent and 3
 mantissa bits (8 is 2^-9).
@@ -51,7 +51,7 @@ class Fp4Weight:
 
     Attributes:
         format: "mxfp4" or "nvfp4".
-        words: int32 (n_tiles, k_tiles, 2, 4, 128, 4); scales: int16 (n_tiles, k_tiles, 1 or 2, 4, 128).
+        words: int32 (n_tiles, k_tiles, 4, 2, 128, 4); scales: int16 (n_tiles, k_tiles, 4, 1 or 2, 128).
         factor: float32 scalar that the accumulator is multiplied with at the end.
         num_rows, num_columns: N and K without padding.
     """
@@ -145,13 +145,13 @@ def _words(codes: torch.Tensor) -> torch.Tensor:
     tiles_n, tiles_k = codes.shape[0] // TILE_N, codes.shape[1] // TILE_K
     #                      n76 n54 n3 n210       k65 k4 k32 k1 k0
     split = codes.reshape(tiles_n, 4, 4, 2, 8, tiles_k, 4, 2, 4, 2, 2).int()
-    ordered = split.permute(0, 5, 7, 1, 2, 4, 6, 8, 9, 3, 10)  # k4, n76, n54, n210, k65, k32 | k1, n3, k0
+    ordered = split.permute(0, 5, 1, 7, 2, 4, 6, 8, 9, 3, 10)  # n76, k4, n54, n210, k65, k32 | k1, n3, k0
     words = torch.zeros(ordered.shape[:-3], dtype=torch.int32, device=codes.device)
     for half in (0, 1):
         for j, (sign, low) in enumerate(_VALUE_BITS):
             code = ordered[..., j >> 1, j & 1, half]
             words |= ((code >> 3) << (16 * half + sign)) | ((code & 7) << (16 * half + low))
-    return words.reshape(tiles_n, tiles_k, 2, 4, 128, 4).contiguous()
+    return words.reshape(tiles_n, tiles_k, 4, 2, 128, 4).contiguous()
 
 
 def _scale_words(bytes_: torch.Tensor, block: int) -> torch.Tensor:
@@ -161,6 +161,6 @@ def _scale_words(bytes_: torch.Tensor, block: int) -> torch.Tensor:
     halves = 32 // block  # blocks of 32 k: one (MXFP4) or two (NVFP4, by k4)
     #                      n76 n54 n3 n210       k65 k4
     split = bytes_.reshape(tiles_n, 4, 4, 2, 8, tiles_k, 4, halves)
-    ordered = split.permute(0, 5, 7, 1, 2, 4, 6, 3)  # k4, n76, n54, n210, k65 | n3
+    ordered = split.permute(0, 5, 1, 7, 2, 4, 6, 3)  # n76, k4, n54, n210, k65 | n3
     words = (ordered[..., 0] | (ordered[..., 1] << 8)).to(torch.int16)
-    return words.reshape(tiles_n, tiles_k, halves, 4, 128).contiguous()
+    return words.reshape(tiles_n, tiles_k, 4, halves, 128).contiguous()

@@ -19,7 +19,7 @@ Accuracy: codes and scales are the codec's for the BF16 y of ``format="bf16"``. 
          elementwise steps equal plain float32 torch bit for bit, a device's ``exp`` apart.
 Edges:   M may be 0. A row of zeros gives y = 0, since eps > 0. A NaN or infinity in a row of rms_norm makes
          its whole row NaN or 0 x inf, as the formula says; a gate of -inf gives NaN, below -88 gives -0.
-Errors:  ``ValueError`` before any launch, naming argument, expected, got. K <= ``MAX_COLUMNS`` in rms_norm.
+Errors:  ``ValueError`` before any launch, naming argument, expected, got. K <= ``MAX_COLUMNS`` (16384) in rms_norm.
 Source:  Zhang and Sennrich 2019 (RMSNorm); Shazeer 2020 (SwiGLU); gpt-oss (limit 7, alpha 1.702).
 """
 
@@ -29,38 +29,24 @@ import torch
 import triton
 import triton.language as tl
 
+from .checks import require, seen
 from .codec import QuantizedTensor
 from .formats import BF16, Format
 from .quantize import (
-    EXACT,
     as_bytes,
-    block_shape,
     check_format,
     check_matrix,
     check_options,
     empty_quantized,
-    format_constants,
     fp8_scale,
     load_tile,
     magnitude_bits,
     prepare_out,
     quantize_activation,
-    require,
     scale_strides,
     store_tile,
 )
-
-MAX_COLUMNS = 16384
-"""Most columns of rms_norm: a row stays in the registers of one program."""
-
-COLUMNS_PER_WARP = 512
-"""16 values per thread of rms_norm: 32 spill at 16384 columns, the most values of a program."""
-
-SWIGLU_TILE = (1024, 1024, 4)
-"""As ``BLOCK_TILE``, with two inputs: 8 results per thread, since 16 spill on sm_100 with Triton 3.6."""
-
-SWIGLU_ROW_TILE = (4096, 4096, 8)
-"""As ``ROW_TILE``, with two inputs: 16 results per thread, since 32 spill."""
+from .quantize_tiles import EXACT, MAX_COLUMNS, needs_tensor_amax, rms_norm_launch, swiglu_launch
 
 GPT_OSS_ALPHA = 1.702
 
@@ -146,10 +132,6 @@ def _swiglu_quantize_kernel(
         )  # fmt: skip
 
 
-def _needs_tensor_amax(row: Format, global_scale: float | torch.Tensor | None) -> bool:
-    return row.scale_per == "tensor" or (row.tensor_scale and global_scale is None)
-
-
 def rms_norm_quantize(
     x: torch.Tensor, weight: torch.Tensor, eps: float, format: Format | str, *,
     residual: torch.Tensor | None = None, residual_out: torch.Tensor | None = None, scale_rule: str | None = None,
@@ -170,7 +152,7 @@ def rms_norm_quantize(
     rows, columns = x.shape
     require(columns <= MAX_COLUMNS, "x", f"at most {MAX_COLUMNS} columns", columns)
     good = isinstance(weight, torch.Tensor) and weight.dtype in (torch.bfloat16, torch.float32)
-    got = f"{weight.dtype} {tuple(weight.shape)} on {weight.device}" if good else type(weight).__name__
+    got = f"{seen(weight)} on {weight.device}" if good else type(weight).__name__
     good = good and tuple(weight.shape) == (columns,) and weight.is_contiguous() and weight.device == x.device
     require(good, "weight", f"contiguous bfloat16 or float32 ({columns},) on {x.device}", got)
     smallest = torch.finfo(torch.float32).tiny
@@ -186,14 +168,14 @@ def rms_norm_quantize(
         assert residual is not None
         check_matrix("residual_out", residual_out)
         expected = f"{residual.dtype} {tuple(x.shape)} on {x.device}"
-        got = f"{residual_out.dtype} {tuple(residual_out.shape)} on {residual_out.device}"
+        got = f"{seen(residual_out)} on {residual_out.device}"
         require(got == expected, "residual_out", expected, got)
         apart = residual_out.stride(0) >= columns or rows <= 1
         require(apart, "residual_out", "rows that do not overlap", f"strides {residual_out.stride()}")
     elif residual is not None:
         residual_out = torch.empty_like(residual, memory_format=torch.contiguous_format)
     wanted = out
-    in_two_steps = _needs_tensor_amax(row, global_scale)
+    in_two_steps = needs_tensor_amax(row, has_global_scale=global_scale is not None)
     if in_two_steps:
         if out is not None:
             prepare_out(row, (rows, columns), x.device, out, None)
@@ -201,15 +183,14 @@ def rms_norm_quantize(
     step = BF16 if in_two_steps else row
     target = prepare_out(step, (rows, columns), x.device, wanted, global_scale)
     if rows > 0:
-        block_k = max(128, triton.next_power_of_2(columns))
+        launch = rms_norm_launch(step, columns, scale_rule, has_residual=residual is not None)
         _rms_norm_quantize_kernel[(rows,)](
             x, x if residual is None else residual, weight, x if residual_out is None else residual_out,
             as_bytes(target.data, x), as_bytes(target.scale, x), as_bytes(target.global_scale, x),
             columns, eps, x.stride(0), 0 if residual is None else residual.stride(0),
             0 if residual_out is None else residual_out.stride(0),
             target.data.stride(0), *scale_strides(step, target.scale),
-            BLOCK_K=block_k, HAS_RESIDUAL=residual is not None, PER=step.scale_per,
-            num_warps=max(4, block_k // COLUMNS_PER_WARP), **format_constants(step, scale_rule), **EXACT,
+            num_warps=launch.num_warps, **launch.constants, **EXACT,
         )  # fmt: skip
     if in_two_steps:
         target = quantize_activation(target.data, row, out=out)
@@ -241,7 +222,7 @@ def swiglu_quantize(
     row = check_format(format, columns, "gate_up", ("bf16",))
     check_options(row, gate_up.device, scale_rule, global_scale)
     wanted = out
-    in_two_steps = _needs_tensor_amax(row, global_scale)
+    in_two_steps = needs_tensor_amax(row, has_global_scale=global_scale is not None)
     if in_two_steps:
         if out is not None:
             prepare_out(row, (rows, columns), gate_up.device, out, None)
@@ -249,16 +230,15 @@ def swiglu_quantize(
     step = BF16 if in_two_steps else row
     target = prepare_out(step, (rows, columns), gate_up.device, wanted, global_scale)
     if rows > 0:
-        tile = SWIGLU_ROW_TILE if row.scale_per == "row" else SWIGLU_TILE
-        block_m, block_k = block_shape(columns, tile)
-        grid = (triton.cdiv(rows, block_m), 1 if step.scale_per == "row" else triton.cdiv(columns, block_k))
+        launch = swiglu_launch(step, columns, scale_rule, is_clamped=limit is not None)
+        tiles_k = triton.cdiv(columns, launch.block_k)
+        grid = (triton.cdiv(rows, launch.block_m), 1 if step.scale_per == "row" else tiles_k)
         _swiglu_quantize_kernel[grid](
             gate_up, as_bytes(target.data, gate_up), as_bytes(target.scale, gate_up),
             as_bytes(target.global_scale, gate_up),
             rows, columns, gate_up.stride(0), target.data.stride(0), *scale_strides(step, target.scale),
             float(limit or 0.0), float(alpha or GPT_OSS_ALPHA),
-            BLOCK_M=block_m, BLOCK_K=block_k, CLAMPED=limit is not None, PER=step.scale_per,
-            num_warps=tile[2], **format_constants(step, scale_rule), **EXACT,
+            num_warps=launch.num_warps, **launch.constants, **EXACT,
         )  # fmt: skip
     if in_two_steps:
         target = quantize_activation(target.data, row, out=out)

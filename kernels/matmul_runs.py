@@ -22,6 +22,8 @@ from .reference import matmul_ref
 from .registry import Shape
 from .split_k import arch_of
 from .tiles import find_tile
+from .w4a8_matmul import w4a8_matmul
+from .w4a8_weights import W4A8Weight, prepare_w4a8_weight
 from .w4a16_matmul import w4a16_matmul
 
 Buffers = dict[str, Any]
@@ -120,25 +122,52 @@ class BlockScaledMatmul(StoredMatmul):
         )  # fmt: skip
 
 
-class W4A16Matmul(StoredMatmul):
-    """``w4a16_matmul``. The prepared weights remember their seed, from which the reference makes them again."""
-
-    def _tile_key(self, shape: Shape) -> tuple[str, str]:
-        return ("w4a16", self.weight)
+class PreparedMatmul(StoredMatmul):
+    """Weights laid out anew at load: they remember their seed, from which the reference makes them again."""
 
     def make_weights(self, shape: Shape, seed: int, device: Any, *, is_exact: bool = False) -> Buffers:
         stored = self._operand(self.weight, shape["n"], shape["k"], 2 * seed, device, is_exact)
-        assert stored.scale is not None
-        made = prepare_fp4_weight(stored.data, stored.scale, self.weight, stored.global_scale)
-        origin = torch.tensor([2 * seed, is_exact])
-        return {"words": made.words, "scales": made.scales, "factor": made.factor, "origin": origin}
+        return self.prepare(stored) | {"origin": torch.tensor([2 * seed, is_exact])}
 
     def _stored(self, shape: Shape, weights: Buffers) -> QuantizedTensor:
         seed, is_exact = weights["origin"].tolist()
         return self._operand(self.weight, shape["n"], shape["k"], seed, weights["words"].device, bool(is_exact))
+
+    @abstractmethod
+    def prepare(self, stored: QuantizedTensor) -> Buffers: ...
+
+
+class W4A16Matmul(PreparedMatmul):
+    """``w4a16_matmul``."""
+
+    def _tile_key(self, shape: Shape) -> tuple[str, str]:
+        return ("w4a16", self.weight)
+
+    def prepare(self, stored: QuantizedTensor) -> Buffers:
+        assert stored.scale is not None
+        made = prepare_fp4_weight(stored.data, stored.scale, self.weight, stored.global_scale)
+        return {"words": made.words, "scales": made.scales, "factor": made.factor}
 
     def launch(self, weights: Buffers, activations: Buffers, output: torch.Tensor) -> None:
         x = activations["data"]
         parts = (weights["words"], weights["scales"], weights["factor"])
         weight = Fp4Weight(self.weight, *parts, output.shape[1], x.shape[1])
         w4a16_matmul(x, weight, out_dtype=output.dtype, out=output)
+
+
+class W4A8Matmul(PreparedMatmul):
+    """``w4a8_matmul``."""
+
+    def _tile_key(self, shape: Shape) -> tuple[str, str]:
+        return ("w4a8", self.activation)
+
+    def prepare(self, stored: QuantizedTensor) -> Buffers:
+        assert stored.scale is not None
+        made = prepare_w4a8_weight(stored.data, stored.scale)
+        return {"words": made.words, "scales": made.scales, "base": made.base}
+
+    def launch(self, weights: Buffers, activations: Buffers, output: torch.Tensor) -> None:
+        x = activations["data"]
+        parts = (weights["words"], weights["scales"], weights["base"])
+        weight = W4A8Weight(*parts, output.shape[1], x.shape[1])
+        w4a8_matmul(x, activations["scale"], weight, out_dtype=output.dtype, out=output)

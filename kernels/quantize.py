@@ -22,15 +22,15 @@ Source:  OCP Microscaling Formats (MX) v1.0; see ``codec.py`` for the rules.
 
 from __future__ import annotations
 
-import struct
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
+from . import quantize_tiles
+from .checks import require, seen
 from .codec import NVFP4_GLOBAL_MIN, NVFP4_SCALE_MIN, QuantizedTensor
 from .formats import ELEMENTS, SCALE_RULES, Format, get_format
+from .quantize_tiles import EXACT, amax_launch, needs_tensor_amax, num_partials, quantize_launch
 
 _E4M3_MAX = tl.constexpr(ELEMENTS["e4m3"].max)
 _E2M1_MAX = tl.constexpr(ELEMENTS["e2m1"].max)
@@ -39,21 +39,7 @@ _GLOBAL_MIN = tl.constexpr(NVFP4_GLOBAL_MIN)
 _E4M3_NAN = tl.constexpr(0x7F)
 _INFINITY = tl.constexpr(0x7F800000)  # as bits; what is above is NaN
 
-MAX_PARTIALS = 1024
-"""Most programs of the first pass over a tensor: several per SM on the largest GPUs, and so few that
-every program of the second pass reads all partial maxima (4 KiB, from the L2 cache)."""
-
-BLOCK_TILE = (2048, 1024, 4)
-"""Values and most columns per program, and warps: 16 values per thread keep a block's maximum inside a
-few threads and the tile in registers; decode batches still give several programs per row."""
-
-ROW_TILE = (8192, 8192, 8)
-"""The same where one program takes whole rows: one trip for most hidden sizes, 32 values per thread."""
-
 LARGEST_F32 = torch.finfo(torch.float32).max
-
-EXACT = {"enable_fp_fusion": False}
-"""Launch option: no fused multiply-add, which would round once where the codec rounds twice."""
 
 
 # --- device helpers ---------------------------------------------------------------------------
@@ -229,12 +215,6 @@ def _quantize_kernel(
 # --- wrappers ---------------------------------------------------------------------------------
 
 
-def require(condition: bool, argument: str, expected: str, got: object) -> None:
-    """Raise the ``ValueError`` of this package unless the condition holds."""
-    if not condition:
-        raise ValueError(f"{argument}: expected {expected}; got {got}")
-
-
 def empty_quantized(format: Format | str, rows: int, columns: int, device: torch.device | str) -> QuantizedTensor:
     """An unwritten ``QuantizedTensor`` to pass as ``out``.
 
@@ -255,7 +235,7 @@ def check_matrix(argument: str, x: torch.Tensor) -> None:
     """A matrix that the kernels read: BF16 or FP32, K >= 1, last axis contiguous."""
     require(isinstance(x, torch.Tensor), argument, "a tensor (M, K)", type(x).__name__)
     good = x.dim() == 2 and x.dtype in (torch.bfloat16, torch.float32) and x.shape[1] > 0
-    require(good, argument, "bfloat16 or float32 (M, K), K >= 1", f"{x.dtype} {tuple(x.shape)}")
+    require(good, argument, "bfloat16 or float32 (M, K), K >= 1", seen(x))
     require(x.stride(1) == 1 or x.shape[1] == 1, argument, "a contiguous last axis", f"strides {x.stride()}")
 
 
@@ -281,7 +261,7 @@ def check_options(
     require(row.tensor_scale, "global_scale", f"None ({row.name})", type(global_scale).__name__)
     if isinstance(global_scale, torch.Tensor):
         good = global_scale.dtype == torch.float32 and global_scale.shape == () and global_scale.device == device
-        got = f"{global_scale.dtype} {tuple(global_scale.shape)} on {global_scale.device}"
+        got = f"{seen(global_scale)} on {global_scale.device}"
         require(good, "global_scale", f"a number, or float32 () on {device}", got)
     else:
         good = isinstance(global_scale, (int, float)) and NVFP4_GLOBAL_MIN <= global_scale <= LARGEST_F32
@@ -304,27 +284,11 @@ def prepare_out(row: Format, shape: tuple[int, int], device: torch.device, out: 
     if global_scale is not None:
         assert out.global_scale is not None
         if isinstance(global_scale, torch.Tensor):
-            out.global_scale.copy_(global_scale)
+            if global_scale is not out.global_scale:
+                out.global_scale.copy_(global_scale)
         else:
             out.global_scale.fill_(global_scale)
     return out
-
-
-def block_shape(columns: int, tile: tuple[int, int, int]) -> tuple[int, int]:
-    """(BLOCK_M, BLOCK_K) of a tile: columns up to a power of two from 128, the rest in rows."""
-    block_k = min(tile[1], max(128, triton.next_power_of_2(columns)))
-    return min(16, tile[0] // block_k), block_k
-
-
-def format_constants(row: Format, scale_rule: str | None = None) -> dict[str, Any]:
-    """The constants by which ``store_tile`` knows a format."""
-    return {
-        "GROUP": row.block[1] if row.block else 0,
-        "ELEMENT": row.element,
-        "SCALE": row.scale,
-        "RULE": scale_rule or row.scale_rule or "none",
-        "AMAX_MIN": struct.unpack("<i", struct.pack("<f", row.amax_clamp or 0.0))[0],
-    }
 
 
 def as_bytes(tensor: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:
@@ -350,7 +314,7 @@ def quantize_activation(
         scale_rule: of MX formats, one of ``SCALE_RULES``; None takes the format's own ("floor").
         global_scale: of nvfp4: a number, or a float32 () on x's device, whose value is not checked (that
             would wait for the device): finite, >= 2^-118. None computes it from ``x``.
-        workspace: int32, contiguous, at least ``MAX_PARTIALS`` values, for fp8 and nvfp4 without
+        workspace: int32, contiguous, at least ``quantize_tiles.MAX_PARTIALS`` values, for fp8 and nvfp4 without
             ``global_scale``; allocated if None, unused otherwise.
         out: where to write, see ``empty_quantized``; allocated if None.
 
@@ -360,32 +324,30 @@ def quantize_activation(
     check_matrix("x", x)
     row = check_format(format, x.shape[1], "x")
     check_options(row, x.device, scale_rule, global_scale)
-    from_amax = row.scale_per == "tensor" or (row.tensor_scale and global_scale is None)
+    from_amax = needs_tensor_amax(row, has_global_scale=global_scale is not None)
     if workspace is not None:
         good = workspace.dtype == torch.int32 and workspace.is_contiguous() and workspace.device == x.device
         got = f"{workspace.dtype} {workspace.numel()} on {workspace.device}"
-        expected = f"contiguous int32, at least {MAX_PARTIALS} values on {x.device}"
-        require(good and workspace.numel() >= MAX_PARTIALS, "workspace", expected, got)
+        expected = f"contiguous int32, at least {quantize_tiles.MAX_PARTIALS} values on {x.device}"
+        require(good and workspace.numel() >= quantize_tiles.MAX_PARTIALS, "workspace", expected, got)
     rows, columns = x.shape
     out = prepare_out(row, (rows, columns), x.device, out, global_scale)
     if rows == 0 and not from_amax:
         return out
-    tile = ROW_TILE if row.scale_per == "row" else BLOCK_TILE
-    block_m, block_k = block_shape(columns, tile)
-    tiles_m, tiles_k = triton.cdiv(rows, block_m), triton.cdiv(columns, block_k)
-    num_partials = 0
+    launch = quantize_launch(row, columns, scale_rule, from_amax=from_amax)
+    tiles_m, tiles_k = triton.cdiv(rows, launch.block_m), triton.cdiv(columns, launch.block_k)
+    partials = num_partials(rows, columns) if from_amax else 0
     if from_amax:
+        first = amax_launch(columns)
         if workspace is None:
-            workspace = torch.empty(MAX_PARTIALS, dtype=torch.int32, device=x.device)
-        num_partials = min(MAX_PARTIALS, max(1, tiles_m * tiles_k))
-        _amax_kernel[(num_partials,)](
-            x, workspace, rows, columns, x.stride(0), BLOCK_M=block_m, BLOCK_K=block_k, num_warps=tile[2], **EXACT
+            workspace = torch.empty(quantize_tiles.MAX_PARTIALS, dtype=torch.int32, device=x.device)
+        _amax_kernel[(partials,)](
+            x, workspace, rows, columns, x.stride(0), num_warps=first.num_warps, **first.constants, **EXACT
         )
     _quantize_kernel[(max(1, tiles_m), 1 if row.scale_per == "row" else tiles_k)](
         x, as_bytes(out.data, x), as_bytes(out.scale, x),
         out.scale if row.scale_per == "tensor" else as_bytes(out.global_scale, x), workspace if from_amax else x,
-        rows, columns, num_partials, x.stride(0), out.data.stride(0), *scale_strides(row, out.scale),
-        BLOCK_M=block_m, BLOCK_K=block_k, PARTIALS=MAX_PARTIALS if from_amax else 0, PER=row.scale_per,
-        num_warps=tile[2], **format_constants(row, scale_rule), **EXACT,
+        rows, columns, partials, x.stride(0), out.data.stride(0), *scale_strides(row, out.scale),
+        num_warps=launch.num_warps, **launch.constants, **EXACT,
     )  # fmt: skip
     return out

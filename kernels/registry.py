@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from .compile_point import CompilePoint
 from .formats import get_format
 from .matmul_points import matmul_points
+from .quantize_points import INPUT_BYTES, QUANTIZED_FORMATS, quantize_points, stored_bytes
 
 Shape = Mapping[str, int]
 
@@ -43,7 +44,7 @@ class Runnable(Protocol):
         ...
 
     def reference(self, shape: Shape, weights: dict[str, Any], activations: dict[str, Any]) -> Any:
-        """The float64 result of these very buffers."""
+        """The result of these very buffers, as ``reference.error`` takes it: float64, or a ``reference.Quantized``."""
         ...
 
     def tile(self, shape: Shape, device: Any) -> dict[str, int]:
@@ -57,7 +58,7 @@ class Kernel:
 
     Attributes:
         op: kind of op that it runs, as the decode plan calls it.
-        weight, activation: names of formats.
+        weight, activation: names of formats; weight is "" where there is no matrix of weights.
         title: for a reader.
         sources: the files that it is made of, from this room; they name a version of the kernel in records.
         runnable: "module:class", the module relative to this room, called with (weight, activation).
@@ -86,8 +87,15 @@ class Kernel:
 
     @property
     def format(self) -> str:
-        """Formats of weights and activations in one word."""
-        return f"{self.weight}-{self.activation}"
+        """Formats of weights and activations in one word, or that of the activations alone."""
+        return "-".join(self.formats.values())
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """The same by operand, weights first."""
+        return (
+            {"weight": self.weight, "activation": self.activation} if self.weight else {"activation": self.activation}
+        )
 
     def load(self) -> Runnable:
         """The kernel; imports torch and Triton."""
@@ -104,12 +112,16 @@ class Kernel:
 OUTPUT_BYTES = 2
 
 
-def gemm_work(weight: str, activation: str) -> Callable[[Shape], Work]:
-    """Of y (m, n) BF16 = x (m, k) . w (n, k)^T: each operand once, the output once."""
+def gemm_work(weight: str, activation: str, weight_bits: float | None = None) -> Callable[[Shape], Work]:
+    """Of y (m, n) BF16 = x (m, k) . w (n, k)^T: each operand once, the output once.
+
+    ``weight_bits``: bits of a weight, its scales included, where it is laid out denser than its format.
+    """
+    bits = get_format(weight).bits_per_value if weight_bits is None else weight_bits
 
     def work(shape: Shape) -> Work:
         m, n, k = shape["m"], shape["n"], shape["k"]
-        weights = n * k * get_format(weight).bytes_per_value
+        weights = n * k * bits / 8
         activations = m * k * get_format(activation).bytes_per_value + m * n * OUTPUT_BYTES
         return Work(round(weights), round(activations), 2.0 * m * n * k)
 
@@ -121,37 +133,87 @@ def _gemm_points(weight: str, activation: str) -> Callable[[], list[CompilePoint
     return lambda: [point for point in matmul_points() if point.name.startswith(prefix)]
 
 
-def _gemm(weight: str, activation: str, runnable: str, title: str, sources: str, min_capability: int) -> Kernel:
+def _gemm(
+    weight: str, activation: str, runnable: str, title: str, sources: str, min_capability: int,
+    weight_bits: float | None = None,
+) -> Kernel:  # fmt: skip
     files = tuple(f"{name}.py" for name in ("split_k", *sources.split()))
     return Kernel(
         "gemm", weight, activation, title, files, f".matmul_runs:{runnable}", _gemm_points(weight, activation),
-        gemm_work(weight, activation), min_capability,
+        gemm_work(weight, activation, weight_bits), min_capability,
     )  # fmt: skip
 
 
+# -- quantizers ------------------------------------------------------------------------------------
+
+
+def quantize_work(op: str, format: str) -> Callable[[Shape], Work]:
+    """Of codes and scales (rows, columns): inputs once (of a norm the residual, which is written too), the result once.
+
+    Weights are those of a norm, and the scale that NVFP4 is given.
+    """
+    row, is_norm = get_format(format), op == "rms_norm_quantize"
+    moved = {"quantize": 1, "rms_norm_quantize": 3, "swiglu_quantize": 2}[op]
+
+    def work(shape: Shape) -> Work:
+        rows, columns = shape["rows"], shape["columns"]
+        weights = columns * INPUT_BYTES * is_norm + 4 * row.tensor_scale
+        return Work(weights, moved * rows * columns * INPUT_BYTES + stored_bytes(row, rows, columns), 0.0)
+
+    return work
+
+
+def _quantize_points(op: str, format: str) -> Callable[[], list[CompilePoint]]:
+    prefix = f"{op}/{format}/"
+    return lambda: [point for point in quantize_points() if point.name.startswith(prefix)]
+
+
+def _quantizers(op: str, runnable: str, title: str, sources: str) -> list[Kernel]:
+    """A row per format, from compute capability 8.9: the first that rounds to E4M3."""
+    files = tuple(f"{name}.py" for name in ("quantize", "quantize_tiles", *sources.split()))
+    return [
+        Kernel(
+            op, "", format, f"{title} {get_format(format).title}", files, f".quantize_runs:{runnable}",
+            _quantize_points(op, format), quantize_work(op, format), 89, tolerance=0.0,
+        )
+        for format in QUANTIZED_FORMATS
+    ]  # fmt: skip
+
+
+W4A8_BITS = 4.125
+"""A code, and half a byte of scale per 32; see ``w4a8_weights.py``."""
+
 _W4A16 = "w4a16_matmul fp4_weights"
+_W4A8 = "w4a8_matmul w4a8_weights"
+_SCALED = "block_scaled_matmul w4a8_matmul"
 KERNELS: tuple[Kernel, ...] = (
     _gemm("fp8", "fp8", "Fp8Matmul", "W8A8 FP8, scale per tensor", "fp8_matmul", 89),
     _gemm("fp8_row", "fp8_row", "Fp8Matmul", "W8A8 FP8, scale per row", "fp8_matmul", 89),
     _gemm("fp8_block", "fp8_group", "Fp8Matmul", "W8A8 FP8, scale per block", "fp8_matmul", 89),
-    _gemm("mxfp8", "mxfp8", "BlockScaledMatmul", "W8A8 MXFP8", "block_scaled_matmul", 90),
+    _gemm("mxfp8", "mxfp8", "BlockScaledMatmul", "W8A8 MXFP8", _SCALED, 90),
     _gemm("mxfp4", "bf16", "W4A16Matmul", "W4A16 MXFP4, decoded in registers", _W4A16, 90),
     _gemm("nvfp4", "bf16", "W4A16Matmul", "W4A16 NVFP4, decoded in registers", _W4A16, 90),
-    _gemm("mxfp4", "mxfp8", "BlockScaledMatmul", "W4A8 MXFP4 x MXFP8", "block_scaled_matmul", 90),
-    _gemm("mxfp4", "mxfp4", "BlockScaledMatmul", "W4A4 MXFP4", "block_scaled_matmul", 90),
-    _gemm("nvfp4", "nvfp4", "BlockScaledMatmul", "W4A4 NVFP4", "block_scaled_matmul", 100),
+    _gemm("mxfp4", "fp8_row", "W4A8Matmul", "W4A8 MXFP4 decoded to FP8, scale per token", _W4A8, 90, W4A8_BITS),
+    _gemm("mxfp4", "fp8_group", "W4A8Matmul", "W4A8 MXFP4 decoded to FP8, scale per 128", _W4A8, 90, W4A8_BITS),
+    _gemm("mxfp4", "mxfp8", "BlockScaledMatmul", "W4A8 MXFP4 x MXFP8", _SCALED, 90),
+    _gemm("mxfp4", "mxfp4", "BlockScaledMatmul", "W4A4 MXFP4", _SCALED, 90),
+    _gemm("nvfp4", "nvfp4", "BlockScaledMatmul", "W4A4 NVFP4", _SCALED, 100),
+    *_quantizers("quantize", "Quantize", "to", ""),
+    *_quantizers("rms_norm_quantize", "RmsNormQuantize", "residual + RMSNorm to", "fused_quantize"),
+    *_quantizers("swiglu_quantize", "SwigluQuantize", "SwiGLU to", "fused_quantize"),
 )
+
+OPS = tuple(dict.fromkeys(kernel.op for kernel in KERNELS))
 
 
 def find_kernels(op: str | None = None, formats: Iterable[str] | None = None) -> list[Kernel]:
-    """The kernels of an op, or of all; of some formats, each "WEIGHT-ACTIVATION" or a weight's alone.
+    """The kernels of an op, or of all; of some formats, each "WEIGHT-ACTIVATION" or a weight's alone, or a quantizer's.
 
     Raises:
         ValueError: no such op, or a format that none of its kernels has.
     """
-    ops = list(dict.fromkeys(kernel.op for kernel in KERNELS))
-    if op is not None and op not in ops:
-        raise ValueError(f"op: expected one of {', '.join(ops)}; got {op!r}")
+    if op is not None and op not in OPS:
+        raise ValueError(f"op: expected one of {', '.join(OPS)}; got {op!r}")
     found = [kernel for kernel in KERNELS if op in (None, kernel.op)]
     if formats is None:
         return found
@@ -159,5 +221,6 @@ def find_kernels(op: str | None = None, formats: Iterable[str] | None = None) ->
     for name in wanted:
         if not any(name in (kernel.format, kernel.weight) for kernel in found):
             known = ", ".join(dict.fromkeys(kernel.format for kernel in found))
-            raise ValueError(f"format: expected one of {known}, or a weight format of them; got {name!r}")
+            part = ", or a weight format of them" if any(kernel.weight for kernel in found) else ""
+            raise ValueError(f"format: expected one of {known}{part}; got {name!r}")
     return [kernel for kernel in found if kernel.format in wanted or kernel.weight in wanted]

@@ -52,7 +52,12 @@ class TileRow:
 
 _FP8 = ("tensor", "row", "block")
 _FP4 = ("mxfp4", "nvfp4")
+_A8 = ("fp8_row", "fp8_group")
+_EXPERTS = ("bf16", "fp8_row", "fp8_block")
 _MXFP8 = ("mxfp8", "mxfp4_mxfp8")
+
+_LIMITS = (16, 32, ANY_NUMBER)
+"""Rows per block of the experts' matmuls."""
 
 TILES: tuple[TileRow, ...] = (
     TileRow("w4a16", _FP4, ("sm_90",), 16, Tile(16, 256, 256, 4, 3),
@@ -69,6 +74,12 @@ TILES: tuple[TileRow, ...] = (
             "decodes each weight once per 64 tokens; 256 channels spill"),
     TileRow("w4a16", _FP4, (), ANY_NUMBER, Tile(16, 128, 256, 4, 3),
             "83 KiB fit in the 99 of sm_120, where 32 tokens spill"),
+    TileRow("w4a8", _A8, ("sm_90",), 16, Tile(16, 256, 256, 4, 3),
+            "1.4 instructions per weight, least of all widths; two CTAs per SM"),
+    TileRow("w4a8", _A8, ("sm_90",), 32, Tile(32, 256, 128, 4, 3), "two tiles of k per trip would spill"),
+    TileRow("w4a8", _A8, ("sm_90",), ANY_NUMBER, Tile(64, 128, 128, 4, 3),
+            "two accumulators of 64 registers; 256 channels or 128 tokens spill"),
+    TileRow("w4a8", _A8, (), ANY_NUMBER, Tile(16, 128, 256, 4, 3), "the narrowest: its fragments are Hopper's"),
     TileRow("fp8", _FP8, (), 16, Tile(16, 128, 128, 4, 4),
             "72 KiB of weights and tokens in flight; one warpgroup's accumulator is 16 registers"),
     TileRow("fp8", _FP8, (), 32, Tile(32, 128, 128, 4, 4), "80 KiB in flight; the accumulator is 32 registers"),
@@ -85,8 +96,8 @@ TILES: tuple[TileRow, ...] = (
             "widened to BF16 there: 128 tokens spill"),
     TileRow("block_scaled", ("mxfp4",), ("sm_100", "sm_103"), ANY_NUMBER, Tile(128, 128, 256, 8, 3),
             "96 KiB of operands in flight; the accumulator is in tensor memory"),
-    TileRow("block_scaled", ("mxfp4_mxfp8",), ("sm_120",), ANY_NUMBER, Tile(64, 64, 128, 8, 3),
-            "widened to BF16 there: wider ones spill"),
+    TileRow("block_scaled", ("mxfp4_mxfp8",), ("sm_120",), ANY_NUMBER, Tile(128, 128, 128, 8, 3),
+            "FP4 expanded to E4M3 in registers, each weight once per 128 tokens"),
     TileRow("block_scaled", ("mxfp8",), (), ANY_NUMBER, Tile(128, 128, 128, 8, 3), "96 KiB of operands in flight"),
     TileRow("block_scaled", _FP4, (), 16, Tile(16, 128, 256, 4, 3), "256 of k are 128 bytes of codes per row"),
     TileRow("block_scaled", _FP4, (), 64, Tile(64, 128, 256, 8, 3), "256 of k are 128 bytes of codes per row"),
@@ -95,6 +106,40 @@ TILES: tuple[TileRow, ...] = (
     TileRow("block_scaled", _MXFP8, (), 64, Tile(64, 128, 128, 8, 3), "128 of k are 128 bytes of codes per row"),
     TileRow("block_scaled", ("mxfp4_mxfp8",), (), ANY_NUMBER, Tile(128, 64, 128, 8, 3),
             "128 channels gain nothing where FP4 is widened"),
+    TileRow("grouped", ("bf16",), ("sm_120",), 16, Tile(16, 128, 128, 4, 2), "72 KiB; a third stage would not fit"),
+    *(TileRow("grouped", ("bf16",), ("sm_120",), limit, Tile(32, 128, 128, 4, 2),
+              "80 KiB; 64 tokens would leave no room") for limit in (32, ANY_NUMBER)),
+    TileRow("grouped", ("bf16",), (), ANY_NUMBER, Tile(64, 128, 128, 8, 3), "144 KiB; 256 channels would not fit"),
+    TileRow("grouped", ("fp8_block",), (), ANY_NUMBER, Tile(64, 128, 128, 8, 3),
+            "two accumulators of 32 registers; at 256 channels the scales spill"),
+    TileRow("grouped", _EXPERTS, (), 16, Tile(16, 256, 128, 4, 3),
+            "gate and up of 128 channels: one group of fp8_group"),
+    TileRow("grouped", _EXPERTS, (), 32, Tile(32, 256, 128, 8, 3),
+            "one group of fp8_group; two accumulators of 32 registers"),
+    TileRow("grouped", ("fp8_row",), (), ANY_NUMBER, Tile(64, 256, 128, 8, 3), "two accumulators of 64 registers"),
+    *(TileRow("grouped_w4a16", _FP4, ("sm_120",), limit, Tile(16, 128, 256, 4, 3), "as the dense kernel's there")
+      for limit in _LIMITS),
+    TileRow("grouped_w4a16", _FP4, (), 16, Tile(16, 256, 256, 4, 3), "as the dense kernel's on sm_90"),
+    TileRow("grouped_w4a16", _FP4, (), 32, Tile(32, 128, 256, 4, 3), "as the dense kernel's on sm_90"),
+    TileRow("grouped_w4a16", _FP4, (), ANY_NUMBER, Tile(64, 128, 128, 4, 3),
+            "as the dense kernel's for NVFP4 on sm_90"),
+    *(TileRow("grouped_w4a8", _A8, ("sm_100", "sm_103", "sm_120"), limit, Tile(16, 128, 256, 4, 3),
+              "as the dense kernel's default: wider ones spill") for limit in _LIMITS),
+    TileRow("grouped_w4a8", _A8, (), 16, Tile(16, 256, 256, 4, 3), "as the dense kernel's on sm_90"),
+    *(TileRow("grouped_w4a8", _A8, (), limit, Tile(32, 128, 128, 4, 3),
+              "256 channels, or 64 tokens, spill with Triton 3.9.0") for limit in (32, ANY_NUMBER)),
+    *(TileRow("grouped_block_scaled", ("mxfp4", *_MXFP8), ("sm_90",), limit, Tile(16, 128, 128, 4, 3),
+              "widened to BF16 there: more tokens, or 256 of k, spill") for limit in _LIMITS),
+    TileRow("grouped_block_scaled", _FP4, (), 16, Tile(16, 128, 256, 4, 3), "256 of k are 128 bytes of codes per row"),
+    TileRow("grouped_block_scaled", _FP4, (), 32, Tile(32, 128, 256, 4, 3), "256 of k are 128 bytes of codes per row"),
+    TileRow("grouped_block_scaled", _FP4, (), ANY_NUMBER, Tile(64, 128, 256, 8, 3),
+            "256 of k are 128 bytes of codes per row"),
+    TileRow("grouped_block_scaled", _MXFP8, (), 16, Tile(16, 128, 128, 4, 3),
+            "128 of k are 128 bytes of codes per row"),
+    TileRow("grouped_block_scaled", _MXFP8, (), 32, Tile(32, 128, 128, 4, 3),
+            "128 of k are 128 bytes of codes per row"),
+    TileRow("grouped_block_scaled", _MXFP8, (), ANY_NUMBER, Tile(64, 128, 128, 8, 3),
+            "128 of k are 128 bytes of codes per row"),
 )  # fmt: skip
 
 

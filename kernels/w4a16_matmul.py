@@ -20,6 +20,7 @@ import triton.language as tl
 
 from .checks import require, seen
 from .fp4_weights import NUM_WARPS, TILE_K, TILE_N, Fp4Weight
+from .matmul_points import SCALE_CONSTANTS
 from .split_k import arch_of, check_out, plan_splits, split_target, sum_splits
 from .tiles import Tile, find_tile
 
@@ -48,38 +49,29 @@ def _decode_e2m1_to_bf16(w, scale_0, scale_1):
 
 
 @triton.jit
-def _w4a16_kernel(
-    x_ptr, w_ptr, s_ptr, factor_ptr, y_ptr,
-    M, N, K, stride_xm, stride_ym, stride_ys, k_tiles, k_tiles_per_split,
+def accumulate_w4a16(
+    x_ptrs, w_ptr, s_ptr, part, mask_m, K, first, trips,
     BLOCK_M: tl.constexpr, BLOCKS_N: tl.constexpr, UNROLL: tl.constexpr, SCALE_HALVES: tl.constexpr,
     SCALE_MUL: tl.constexpr, SCALE_ADD: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    pid_n, pid_m, pid_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """(64 BLOCKS_N, BLOCK_M) FP32: decoded w . x^T over ``trips`` tiles of k from ``first`` on, UNROLL at a time.
+
+    ``x_ptrs`` (BLOCK_M, 128) at tile ``first``; ``w_ptr``, ``s_ptr``: words and scales of tile ``first`` of a row of
+    tiles, of which ``part`` (of 4 / BLOCKS_N) is computed.
+    """
     BLOCK_K: tl.constexpr = 128
     BLOCK_N: tl.constexpr = 64 * BLOCKS_N
-    PARTS: tl.constexpr = 4 // BLOCKS_N  # programs that share a tile of 256 rows
     WORDS: tl.constexpr = 4096  # int32 per tile
     SCALES: tl.constexpr = SCALE_HALVES * 512  # int16 per tile
-    first = pid_k * k_tiles_per_split
-    trips = tl.minimum(k_tiles - first, k_tiles_per_split)
-    tile = (pid_n // PARTS).to(tl.int64) * k_tiles + first
-    part = pid_n % PARTS
-    k4 = tl.arange(0, 2)[:, None, None, None]
-    n76 = part * BLOCKS_N + tl.arange(0, BLOCKS_N)[None, :, None, None]
-    lane = tl.arange(0, 128)[None, None, :, None]
-    k32 = tl.arange(0, 4)[None, None, None, :]
-    w_ptrs = w_ptr + tile * WORDS + (((k4 * 4 + n76) * 128 + lane) * 4 + k32)
-    halves = tl.arange(0, SCALE_HALVES)[:, None, None]
-    s_rows = (halves * 4 + part * BLOCKS_N + tl.arange(0, BLOCKS_N)[None, :, None]) * 128
-    s_ptrs = s_ptr + tile * SCALES + (s_rows + tl.arange(0, 128)[None, None, :])
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    # one axis, so that shared memory holds the words in this order whatever layout the decoding wants of them:
+    # with more, Triton 3.9.0 puts lanes 128 bytes apart and every 128-bit load conflicts eight ways
+    w_ptrs = w_ptr + part * (1024 * BLOCKS_N) + tl.arange(0, 1024 * BLOCKS_N)
+    s_ptrs = s_ptr + part * (128 * SCALE_HALVES * BLOCKS_N) + tl.arange(0, 128 * SCALE_HALVES * BLOCKS_N)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_m = offs_m < M
-    x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + first * BLOCK_K + offs_k[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for trip in range(0, trips // UNROLL):
         for step in tl.static_range(UNROLL):
-            w = tl.load(w_ptrs + step * WORDS)
+            w = tl.reshape(tl.load(w_ptrs + step * WORDS), (BLOCKS_N, 2, 128, 4))
             scale = tl.load(s_ptrs + step * SCALES)
             if EVEN_K:
                 x = tl.load(x_ptrs + step * BLOCK_K, mask=mask_m[:, None], other=0.0)
@@ -87,7 +79,7 @@ def _w4a16_kernel(
                 mask_k = offs_k < K - (first + trip * UNROLL + step) * BLOCK_K
                 x = tl.load(x_ptrs + step * BLOCK_K, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
             scale = scale.to(tl.uint16, bitcast=True).to(tl.uint32)  # no sign: the high byte needs no mask
-            scale = tl.reshape(scale, (SCALE_HALVES, BLOCKS_N, 128, 1)).to(tl.int32, bitcast=True)
+            scale = tl.reshape(scale, (BLOCKS_N, SCALE_HALVES, 128, 1)).to(tl.int32, bitcast=True)
             scale_0 = (scale & 0xFF) * SCALE_MUL + SCALE_ADD
             scale_1 = (scale >> 8) * SCALE_MUL + SCALE_ADD
             scale_0, _ = tl.broadcast(scale_0, w)
@@ -96,9 +88,9 @@ def _w4a16_kernel(
             pairs = tl.join(tl.join(value_0, value_1), tl.join(value_2, value_3))
             low, high = (pairs & 0xFFFF).to(tl.int16), (pairs >> 16).to(tl.int16)
             values = tl.join(low, high).to(tl.bfloat16, bitcast=True)
-            # k4, n76, n54, n210, k65, k32, n3, k1, k0 -> the matrix instruction's own order of n and k
-            values = tl.reshape(values, (2, BLOCKS_N, 4, 8, 4, 4, 2, 2, 2))
-            values = tl.permute(values, (1, 2, 6, 3, 0, 5, 7, 4, 8))
+            # n76, k4, n54, n210, k65, k32, n3, k1, k0 -> the matrix instruction's own order of n and k
+            values = tl.reshape(values, (BLOCKS_N, 2, 4, 8, 4, 4, 2, 2, 2))
+            values = tl.permute(values, (0, 2, 6, 3, 1, 5, 7, 4, 8))
             values = tl.reshape(values, (BLOCK_N, BLOCK_K))
             x = tl.reshape(x, (BLOCK_M, 4, 2, 4, 2, 2))  # k65, k4, k32, k1, k0
             x = tl.permute(x, (0, 2, 3, 4, 1, 5))
@@ -107,13 +99,37 @@ def _w4a16_kernel(
         w_ptrs += UNROLL * WORDS
         s_ptrs += UNROLL * SCALES
         x_ptrs += UNROLL * BLOCK_K
+    return acc
+
+
+@triton.jit
+def _w4a16_kernel(
+    x_ptr, w_ptr, s_ptr, factor_ptr, y_ptr,
+    M, N, K, stride_xm, stride_ym, stride_ys, k_tiles, k_tiles_per_split,
+    BLOCK_M: tl.constexpr, BLOCKS_N: tl.constexpr, UNROLL: tl.constexpr, SCALE_HALVES: tl.constexpr,
+    SCALE_MUL: tl.constexpr, SCALE_ADD: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """One (64 BLOCKS_N, BLOCK_M) tile of y^T over a range of k."""
+    pid_n, pid_m, pid_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    BLOCK_N: tl.constexpr = 64 * BLOCKS_N
+    PARTS: tl.constexpr = 4 // BLOCKS_N  # programs that share a tile of 256 rows
+    first = pid_k * k_tiles_per_split
+    trips = tl.minimum(k_tiles - first, k_tiles_per_split)
+    tile = (pid_n // PARTS).to(tl.int64) * k_tiles + first
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
+    x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + (first * 128 + tl.arange(0, 128))[None, :]
+    acc = accumulate_w4a16(
+        x_ptrs, w_ptr + tile * 4096, s_ptr + tile * (SCALE_HALVES * 512), pid_n % PARTS, mask_m, K, first, trips,
+        BLOCK_M, BLOCKS_N, UNROLL, SCALE_HALVES, SCALE_MUL, SCALE_ADD, EVEN_K,
+    )  # fmt: skip
     acc = acc * tl.load(factor_ptr)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     y_ptrs = y_ptr + pid_k.to(tl.int64) * stride_ys + offs_m[None, :].to(tl.int64) * stride_ym + offs_n[:, None]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_n[:, None] < N) & mask_m[None, :])
 
 
-SCALE_BITS = {"mxfp4": (0x00800080, 0), "nvfp4": (0x00100010, 0x75807580)}
+SCALE_BITS = {name: (row["SCALE_MUL"], row["SCALE_ADD"]) for name, row in SCALE_CONSTANTS.items()}
 """(multiplier, addend) that turn a prepared scale byte into a pair of BF16 times 2^126."""
 
 
@@ -140,9 +156,7 @@ def w4a16_matmul(
     require(x.device == weight.words.device, "x", f"device {weight.words.device}", x.device)
     tokens, rows, columns = x.shape[0], weight.num_rows, weight.num_columns
     out = check_out(out, tokens, rows, out_dtype, x.device)
-    tile = tile or find_tile("w4a16", weight.format, arch_of(x.device), tokens)
-    fits = tile.block_m in (16, 32, 64, 128) and tile.block_n in (128, 256) and tile.block_k in (128, 256)
-    require(fits and tile.num_warps == NUM_WARPS, "tile", "16 to 128 tokens, 128 or 256 of n and k, 4 warps", tile)
+    tile = check_w4a16_tile(tile or find_tile("w4a16", weight.format, arch_of(x.device), tokens))
     n_tiles, k_tiles = weight.words.shape[:2]
     parts_n, blocks_m = TILE_N // tile.block_n, triton.cdiv(tokens, tile.block_m)
     unroll = tile.block_k // TILE_K if k_tiles % 2 == 0 else 1  # an odd number of tiles cannot be taken in pairs
@@ -155,12 +169,23 @@ def w4a16_matmul(
         x, weight.words, weight.scales, weight.factor, target,
         tokens, rows, columns, x.stride(0), target.stride(-2), target.stride(0) if splits > 1 else 0,
         k_tiles, per_split * unroll,
-        BLOCK_M=tile.block_m, BLOCKS_N=tile.block_n // 64, UNROLL=unroll, SCALE_HALVES=weight.scales.shape[2],
+        BLOCK_M=tile.block_m, BLOCKS_N=tile.block_n // 64, UNROLL=unroll, SCALE_HALVES=weight.scales.shape[3],
         SCALE_MUL=multiplier, SCALE_ADD=addend, EVEN_K=columns % TILE_K == 0,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     sum_splits(target, out)
     return out
+
+
+def check_w4a16_tile(tile: Tile) -> Tile:
+    """The tile, if it is one that this decoding has.
+
+    Raises:
+        ValueError: naming ``tile``.
+    """
+    fits = tile.block_m in (16, 32, 64, 128) and tile.block_n in (128, 256) and tile.block_k in (128, 256)
+    require(fits and tile.num_warps == NUM_WARPS, "tile", "16 to 128 tokens, 128 or 256 of n and k, 4 warps", tile)
+    return tile
 
 
 assert TILE_N == 256  # the kernel's largest BLOCK_N

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from tokenfab.__main__ import cli
 from tokenfab.bench.models import SHIPPED
+from tokenfab.kernels.registry import OPS
 
 
 def run(*args: str) -> Result:
@@ -266,15 +267,31 @@ def test_inspect_document_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert next(line.split()[-1] for line in text.splitlines() if " h100 " in line) == "4.7"
 
 
+def test_inspect_takes_a_quantizer_by_its_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TOKENFAB_CACHE", str(tmp_path))
+    document = run_json("inspect", "quantize", "--arch", "sm_100", "--format", "nvfp4", "--gpu", "b200")
+    names = [each["point"]["name"] for each in document["inspections"]]
+    assert names == ["quantize/nvfp4/64x7168", "quantize/nvfp4/64x7168/from_amax"]
+    assert [each["findings"] for each in document["inspections"]] == [[], []]
+    assert [each["floors"][0]["matrix_s"] for each in document["inspections"]] == [0, 0]
+
+
+@pytest.mark.parametrize("command", ["inspect", "bench"])
+def test_help_names_every_op(command: str) -> None:
+    text = run(command, "--help").output
+    assert all(op in text for op in (*OPS, *(("copy",) if command == "bench" else ())))
+
+
 def test_inspect_fails_where_something_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     from tokenfab.kernels import matmul_points
 
     monkeypatch.setenv("TOKENFAB_CACHE", str(tmp_path))
-    monkeypatch.setitem(matmul_points.W4A16_MAX_INSTRUCTIONS, "mxfp4", 1.0)
+    monkeypatch.setattr(matmul_points, "W4A16_MAX_INSTRUCTIONS", 1.0)
     result = run("inspect", "gemm", "--arch", "sm_90", "--format", "mxfp4-bf16", "--gpu", "h100")
     assert result.exit_code == 1
-    assert "2.4" in result.output
+    assert "2.3" in result.output
     assert "expected at" in result.output
 
 
@@ -283,6 +300,9 @@ def test_bench_lists_its_points_without_a_gpu() -> None:
     o_proj = {"kernel": "gemm/fp8_block-fp8_group", "m": 64, "n": 7168, "k": 16384, "places": ["deepseek-v3 o_proj"],
               "l2_policy": "cold_weights"}  # fmt: skip
     assert o_proj in listed
+    listed = run_json("bench", "quantize", "--list", "--gpu", "h100", "--model", "deepseek-v3", "--batch", "64")
+    assert listed == [{"kernel": "quantize/fp8_group", "rows": 64, "columns": 16384, "places": ["deepseek-v3 o_proj"],
+                       "l2_policy": "hot"}]  # fmt: skip
     assert "117.5" in run("bench", "--list", "--gpu", "h100", "--model", "deepseek-v3", "--batch", "64").output
 
 

@@ -17,10 +17,12 @@ from tokenfab.bench.cases import checksum, compute_floor_s, make_anchor, make_ca
 from tokenfab.bench.cuda_device import TorchBuffers
 from tokenfab.bench.device import DeviceProperties, DeviceState, MethodUnavailable, Replay
 from tokenfab.bench.gpus import get_gpu
-from tokenfab.bench.measurement import Settings
+from tokenfab.bench.kernel_tables import summaries_table
+from tokenfab.bench.measurement import Check, Settings
 from tokenfab.bench.peers import COPY, PEERS
 from tokenfab.bench.records import RecordStore
 from tokenfab.bench.targets import Target
+from tokenfab.kernels.quantize_points import QUANTIZE_OPS
 from tokenfab.kernels.registry import Kernel, find_kernels
 
 H100 = get_gpu("h100")
@@ -127,6 +129,45 @@ def test_library_kernels_are_measured_alike(bench: Any) -> None:
     (row,) = [each for each in summaries(bench.store.records()) if each.point.op == "copy"]
     assert row.bytes_per_s == pytest.approx(2 * (1 << 16) / CALL_S)
     assert row.anchor is None
+
+
+@pytest.mark.parametrize("op", QUANTIZE_OPS)
+def test_quantizers_are_measured_alike(bench: Any, op: str) -> None:
+    """A dict of outputs, each poisoned and checked; no weights to rotate, no anchor, one format."""
+    (kernel,) = find_kernels(op, ["mxfp4"])
+    quantizer = Target(kernel, (("rows", 3), ("columns", 160)), ("somewhere",))
+    (outcome,) = bench(quantizer)
+    assert outcome.record is not None
+    assert outcome.record.invalid == ()
+    assert outcome.record.point.formats == {"activation": "mxfp4"}
+    assert outcome.record.point.l2_policy == "hot"
+    assert outcome.record.measurement.check == Check(
+        tolerance=0.0, before_error=0.0, after_error=0.0, refreshed_error=0.0
+    )
+    assert outcome.record.measurement.anchor is None
+    (again,) = bench(quantizer)
+    assert again.is_old
+    shown = summaries(bench.store.records())
+    assert shown[0].as_dict()["activation"] == "mxfp4"
+    table = summaries_table("title", shown)
+    assert list(table.columns[0].cells) == [f"{op}/mxfp4"]
+
+
+def test_a_quantizer_with_one_wrong_code_has_no_time(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenfab.kernels import quantize_runs
+
+    right = quantize_runs.Quantize.launch
+
+    def one_off(self: Any, weights: Any, activations: Any, output: Any) -> None:
+        right(self, weights, activations, output)
+        output["data"][2, 79] ^= 1
+
+    monkeypatch.setattr(quantize_runs.Quantize, "launch", one_off)
+    (kernel,) = find_kernels("quantize", ["mxfp4"])
+    (outcome,) = bench(Target(kernel, (("rows", 3), ("columns", 160)), ("somewhere",)))
+    assert outcome.record is not None
+    assert outcome.record.time_s is None
+    assert "more than the tolerance 0" in outcome.record.invalid[0]
 
 
 def test_anchor_is_interleaved_and_rotates(bench: Any) -> None:

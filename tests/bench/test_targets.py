@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
+from tokenfab.bench import targets
 from tokenfab.bench.gpus import GPUS, get_gpu
+from tokenfab.bench.measurement import num_rotated_sets
+from tokenfab.bench.models import load_model
 from tokenfab.bench.peers import COPY, PEERS
 from tokenfab.bench.targets import DEFAULT_BATCHES, DEFAULT_MODELS, capability, find_targets, known_ops, peers_of
 from tokenfab.kernels.registry import find_kernels
@@ -55,7 +59,38 @@ def test_copy_moves_what_it_says_and_rotates_all() -> None:
     for target in find_targets("copy", None, [], [], H100):
         assert target.l2_policy == "cold_all"
         assert target.kernel.work(target.shape).activation_bytes == 2 * target.shape["num_bytes"]
-    assert known_ops()[-1] == COPY.op == "copy"
+    assert known_ops() == ["gemm", "quantize", "rms_norm_quantize", "swiglu_quantize", "copy"]
+    assert known_ops()[-1] == COPY.op
+
+
+def test_quantizers_stand_where_a_step_quantizes() -> None:
+    targets = find_targets(None, None, ["deepseek-v3"], [64], H100)
+    places = {(t.kernel.name, *t.shape.values()): t.places for t in targets if not t.kernel.weight}
+    assert places == {
+        ("rms_norm_quantize/fp8_group", 64, 7168): ("deepseek-v3 attention_norm", "deepseek-v3 ffn_norm"),
+        ("quantize/fp8_group", 64, 128 * 128): ("deepseek-v3 o_proj",),
+        ("swiglu_quantize/fp8_group", 64, 18432): ("deepseek-v3 dense_swiglu",),
+        ("swiglu_quantize/fp8_group", 64, 2048): ("deepseek-v3 shared_swiglu",),
+        ("swiglu_quantize/fp8_group", 8 * 64, 2048): ("deepseek-v3 experts_swiglu",),
+    }
+    assert all(t.l2_policy == "hot" for t in targets if not t.kernel.weight)
+    assert num_rotated_sets("hot", 50 << 20, 0, 1) == 1
+
+
+def test_quantizers_of_a_checkpoint_without_quantized_activations() -> None:
+    """gpt-oss keeps its activations in BF16: every format, of sizes that do not divide by 128."""
+    for op, rows, columns in (("quantize", 16, 4096), ("rms_norm_quantize", 16, 2880), ("swiglu_quantize", 64, 2880)):
+        formats = ("fp8", "fp8_row", "fp8_group", "mxfp8", "mxfp4", "nvfp4")
+        expected = {f"{op}/{format}": {(rows, columns)} for format in formats}
+        assert names(op, None, ["gpt-oss-120b"], [16], H100) == expected
+    assert set(names("quantize", ["mxfp8"], ["qwen3-30b-a3b"], [1], H100)) == {"quantize/mxfp8"}
+
+
+def test_experts_have_activations_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dataclasses.replace(load_model("gpt-oss-120b"), native_precision="mxfp4_mxfp8")
+    monkeypatch.setattr(targets, "load_model", lambda name: model)
+    assert set(names("swiglu_quantize", None, ["gpt-oss-120b"], [1], H100)) == {"swiglu_quantize/mxfp8"}
+    assert len(names("quantize", None, ["gpt-oss-120b"], [1], H100)) == 6
 
 
 def test_default_run_has_every_shape_once() -> None:

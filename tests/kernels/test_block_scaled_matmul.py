@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenfab.kernels import block_scaled_matmul as module
 from tokenfab.kernels.block_scaled_matmul import OPERANDS, block_scaled_matmul
 from tokenfab.kernels.codec import QuantizedTensor, dequantize, pack_fp4, quantize
 from tokenfab.kernels.formats import get_format
@@ -117,6 +118,91 @@ def test_poison_outside_is_neither_read_nor_written(format: str, m: int, device:
 def test_no_tokens(device: torch.device) -> None:
     x, w = (make_operand("mxfp8", rows, 64, seed=1) for rows in (0, 40))
     assert multiply(x, w, device).shape == (0, 40)
+
+
+@pytest.fixture
+def packs(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
+    """As on sm_120, where MXFP4 is expanded beside MXFP8; the codes per element of each launch's operands."""
+    seen: list[set[int]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*arguments: Any, **options: Any) -> None:
+                seen.append({options["PACK_A"], options["PACK_B"]})
+                kernel[grid](*arguments, **options)
+
+            return launch
+
+    kernel = module._block_scaled_kernel
+    monkeypatch.setattr(module, "_block_scaled_kernel", Recorder())
+    monkeypatch.setattr(module, "arch_of", lambda _: "sm_120")
+    return seen
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 256, 256), (3, 300, 320), (64, 96, 1056), (65, 257, 160), (200, 131, 288)]
+)
+def test_expanded_mxfp4_by_mxfp8(
+    m: int, n: int, k: int, is_exact: bool, packs: list[set[int]], device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(n)
+    x, w = (
+        make_operand(name, rows, k, rows) if is_exact else quantize(torch.randn(rows, k, generator=generator) * 3, name)
+        for name, rows in (("mxfp8", m), ("mxfp4", n))
+    )
+    out = torch.full((m, n), float("nan"), device=device)
+    y, expected = multiply(x, w, device, out=out), expect(x, w)
+    assert packs == [{1, 8}]
+    bound = 4e-6 * (dequantize(x).double().abs() @ dequantize(w).double().abs().T)
+    assert torch.equal(y, expected) if is_exact else ((y - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("m", [64, 96])
+def test_every_expanded_code_under_every_scale_is_exact(m: int, packs: list[set[int]], device: torch.device) -> None:
+    """One-hot tokens read the weights back: 16 codes at each place of a word, on either side of the instruction."""
+    scales = torch.arange(20, 235, dtype=torch.uint8)[:, None].repeat(1, m // 32)
+    codes = torch.stack([torch.arange(m).add(row).remainder(16).to(torch.uint8) for row in range(len(scales))])
+    w = QuantizedTensor(get_format("mxfp4"), pack_fp4(codes), scales, None, (len(scales), m))
+    ones = torch.full((m, m // 32), 127, dtype=torch.uint8)
+    x = QuantizedTensor(get_format("mxfp8"), torch.eye(m).to(torch.float8_e4m3fn), ones, None, (m, m))
+    assert torch.equal(multiply(x, w, device), dequantize(w).double().T)
+    assert packs == [{1, 8}]
+
+
+@pytest.mark.parametrize("m", [5, 70])
+def test_expanded_parts_of_k_are_summed_once(m: int, packs: list[set[int]], device: torch.device) -> None:
+    x, w = (make_operand(name, rows, 416, rows) for name, rows in (("mxfp8", m), ("mxfp4", 70)))
+    assert torch.equal(multiply(x, w, device, split_k=3), expect(x, w))
+    assert packs == [{1, 8}]
+
+
+@pytest.mark.parametrize(("columns", "start"), [(96, 0), (98, 0), (96, 2), (96, 4)])
+def test_rows_to_be_expanded_stand_on_a_grid_of_words(
+    columns: int, start: int, packs: list[set[int]], device: torch.device
+) -> None:
+    """Rows of 80 bytes inside wider ones of 0xFF, from byte ``start``."""
+    x, w = (make_operand(name, rows, 160, rows) for name, rows in (("mxfp8", 5), ("mxfp4", 70)))
+    frame = torch.full((72, columns), 0xFF, dtype=torch.uint8, device=device)
+    frame[:70, start : start + 80] = w.data.to(device)
+    assert x.scale is not None
+    assert w.scale is not None
+    operands = (x.data.to(device), frame[:70, start : start + 80], x.scale.to(device), w.scale.to(device))
+    options: dict[str, Any] = {"x_format": "mxfp8", "out_dtype": torch.float32}
+    if columns % 4 or start % 4:
+        with pytest.raises(ValueError, match=f"w: expected rows on a grid of 4 bytes; got offset {start}, stride"):
+            block_scaled_matmul(*operands, "mxfp4", **options)
+        return
+    y = block_scaled_matmul(*operands, "mxfp4", **options)
+    assert torch.equal(y.cpu().double(), expect(x, w))
+    assert packs == [{1, 8}]
+
+
+@pytest.mark.parametrize(("format", "x_format"), [("mxfp4", "mxfp4"), ("mxfp8", "mxfp8")])
+def test_no_other_pair_is_expanded(format: str, x_format: str, packs: list[set[int]], device: torch.device) -> None:
+    x, w = (make_operand(name, rows, 64, rows) for name, rows in ((x_format, 3), (format, 40)))
+    assert torch.equal(multiply(x, w, device), expect(x, w))
+    assert packs == [{2 if format == "mxfp4" else 1}]
 
 
 CODES, BYTES = torch.zeros(2, 64).to(torch.float8_e4m3fn), torch.full((2, 2), 127, dtype=torch.uint8)

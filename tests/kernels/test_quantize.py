@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
-from tokenfab.kernels import codec, fused_quantize, quantize
+from tokenfab.kernels import codec, fused_quantize, quantize, quantize_tiles
 from tokenfab.kernels.codec import QuantizedTensor
 from tokenfab.kernels.formats import SCALE_RULES, get_format
 from tokenfab.kernels.fused_quantize import rms_norm_quantize, swiglu_quantize
 from tokenfab.kernels.quantize import empty_quantized, quantize_activation
+from tokenfab.kernels.reference import rms_norm_bounds, rms_norm_ref, swiglu_bounds, swiglu_ref
 
 NAN, INF = float("nan"), float("inf")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy on NaN and infinity
@@ -153,7 +153,7 @@ def test_edges(columns: int, format: str, dtype: torch.dtype, device: torch.devi
 @pytest.mark.parametrize("format", ["mxfp8", "mxfp4"])
 def test_scale_rules(format: str, rule: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Every exponent with every mantissa beside which a rule changes its mind."""
-    monkeypatch.setattr(quantize, "BLOCK_TILE", (8192, 1024, 4))  # fewer programs for the interpreter
+    monkeypatch.setattr(quantize_tiles, "BLOCK_TILE", (8192, 1024, 4))  # fewer programs for the interpreter
     changes = (0x400000, 0x600000, 0x700000, 0x780000)
     mantissas = sorted({0, 1, 0x7FFFFF, *(change + near for change in changes for near in (-1, 0, 1))})
     amax = (torch.arange(256)[:, None] << 23 | torch.tensor(mantissas)[None, :]).to(torch.int32).view(torch.float32)
@@ -199,8 +199,8 @@ def test_given_global_scale(global_scale: float, device: torch.device) -> None:
 @pytest.mark.parametrize("format", ["fp8", "nvfp4"])
 def test_more_tiles_than_partials(format: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """The largest value is found in every tile, also where a program of the first pass takes several."""
-    monkeypatch.setattr(quantize, "MAX_PARTIALS", 4)
-    monkeypatch.setattr(quantize, "BLOCK_TILE", (256, 128, 4))
+    monkeypatch.setattr(quantize_tiles, "MAX_PARTIALS", 4)
+    monkeypatch.setattr(quantize_tiles, "BLOCK_TILE", (256, 128, 4))
     x = spread_values(11, 160)
     workspace = torch.full((4,), 0x7F7FFFFF, dtype=torch.int32, device=device)
     for row in (0, 5, 10):
@@ -214,7 +214,7 @@ def test_more_tiles_than_partials(format: str, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize("format", ["fp8", "nvfp4"])
 def test_stale_workspace_is_not_read(format: str, device: torch.device) -> None:
     x = spread_values(3, 160)
-    workspace = torch.full((quantize.MAX_PARTIALS + 3,), 0x7F7FFFFF, dtype=torch.int32, device=device)
+    workspace = torch.full((quantize_tiles.MAX_PARTIALS + 3,), 0x7F7FFFFF, dtype=torch.int32, device=device)
     for _ in range(2):
         got = quantize_activation(x.to(device), format, workspace=workspace)
         assert_equal(got, codec.quantize(x, format))
@@ -291,28 +291,9 @@ def exact_values(rows: int, columns: int, seed: int) -> torch.Tensor:
     return torch.randint(-32, 33, (rows, columns), generator=generator) / 8
 
 
-def rms_norm_ref(h: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """BF16 of the kernel's float32 operations, in their order but for the sum."""
-    h, weight = h.float(), weight.float()
-    count = torch.full((h.shape[0], 1), float(h.shape[1]))
-    mean = (h * h).sum(dim=1, keepdim=True) / count
-    inverse = 1 / torch.sqrt(mean + torch.tensor(eps, dtype=torch.float32))
-    return (h * inverse * weight).to(torch.bfloat16)
-
-
-def swiglu_ref(gate_up: torch.Tensor, limit: float | None, alpha: float) -> torch.Tensor:
-    """In the input's precision, not rounded to BF16."""
-    gate, up = gate_up.chunk(2, dim=1)
-    if limit is None:
-        return gate / (1 + torch.exp(-gate)) * up
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return gate / (1 + torch.exp(-(gate * alpha))) * (up + 1)
-
-
-def assert_nearest_bf16(got: torch.Tensor, exact: torch.Tensor, relative: torch.Tensor | float) -> None:
-    """``got`` is the BF16 of some value within ``relative`` of the exact one (float64)."""
-    slack = exact.abs() * (relative + 2.0**-24) + 2.0**-133  # float64 -> float32 -> BF16; BF16's subnormals
-    low, high = (exact - slack).float().bfloat16(), (exact + slack).float().bfloat16()
+def assert_within(got: torch.Tensor, bounds: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """``got`` is the BF16 of some value that the stated accuracy allows."""
+    low, high = bounds
     outside = (got.cpu() < low) | (got.cpu() > high)
     assert not outside.any(), f"{int(outside.sum())} of {outside.numel()} outside"
     narrow = raw(low.float()) == raw(high.float())
@@ -350,14 +331,12 @@ def test_rms_norm_of_random_values(columns: int, device: torch.device) -> None:
     x = spread_values(rows, columns)
     weight = 0.5 + torch.rand(columns, generator=torch.Generator().manual_seed(2))
     got, _ = rms_norm_quantize(x.to(device), weight.to(device), 0.25, "bf16")
-    h = x.double()
-    exact = h / torch.sqrt((h * h).mean(dim=1, keepdim=True) + 0.25) * weight.double()
-    assert_nearest_bf16(got.data, exact, (math.log2(columns) / 2 + 14) * 2.0**-24)
+    assert_within(got.data, rms_norm_bounds(x, weight, 0.25))
 
 
 def test_rms_norm_order_of_products(device: torch.device) -> None:
     """(h * inverse) * weight, not h * (inverse * weight): seen in a few of many values."""
-    x = exact_values(4, fused_quantize.MAX_COLUMNS, seed=8)
+    x = exact_values(4, quantize_tiles.MAX_COLUMNS, seed=8)
     weight = 0.5 + torch.rand(x.shape[1], generator=torch.Generator().manual_seed(11))
     inverse = 1 / torch.sqrt((x * x).mean(dim=1, keepdim=True) + torch.tensor(1e-5))
     want = rms_norm_ref(x, weight, 1e-5)
@@ -411,12 +390,7 @@ def test_swiglu_values(dtype: torch.dtype, limit: float | None, alpha: float | N
     gate_up = (6 * torch.randn(17, 2 * 160, generator=torch.Generator().manual_seed(5))).to(dtype)
     poisoned = Poisoned("bf16", 17, 160, device)
     got = swiglu_quantize(within_nan(gate_up, device), "bf16", limit=limit, alpha=alpha, out=poisoned.out).data
-    factor = 1.702 if alpha is None else alpha
-    exact = swiglu_ref(gate_up.double(), limit, factor)
-    gate = gate_up[:, :160].double().abs() * (1 if limit is None else factor)
-    # 1 + up loses bits where up is about -1: absolute, half a unit of the largest term
-    cancelled = 0 if limit is None else 2.0**-24 / (gate_up[:, 160:].double() + 1).abs().clamp(min=2.0**-8)
-    assert_nearest_bf16(got, exact, 2.0**-22 * (2 + gate) + cancelled)
+    assert_within(got, swiglu_bounds(gate_up, limit, 1.702 if alpha is None else alpha))
     poisoned.assert_padding_untouched()
 
 
@@ -453,7 +427,7 @@ def test_fused_options(format: str, device: torch.device) -> None:
 
 X = torch.ones(4, 64)
 W = torch.ones(64)
-WIDE = torch.ones(1, quantize.ROW_TILE[0] * 2 + 1)
+WIDE = torch.ones(1, quantize_tiles.ROW_TILE[0] * 2 + 1)
 
 
 def out_of(format: str, rows: int, columns: int) -> QuantizedTensor:
