@@ -23,6 +23,12 @@ from .peers import COPY, COPY_SHAPES, PEERS
 DEFAULT_MODELS = ("deepseek-v3", "qwen3-30b-a3b", "gpt-oss-120b")
 DEFAULT_BATCHES = (1, 16, 64, 128, 512, 4096)
 
+EXPERT_PARALLEL = {"deepseek-v3": 8, "deepseek-r1": 8, "kimi-k2": 16, "qwen3-235b-a22b": 4}
+"""Ranks that the experts of a model are spread over; its tokens are those of all ranks. 1 for any other model."""
+
+LOADS = (0, 101, 120)
+"""100 times the exponents of the published tables' power laws; 0: balanced."""
+
 _QUANTIZED = PRECISIONS["fp8"]
 """Shapes do not depend on the precision; this one tells what a quantized checkpoint quantizes from what it does not."""
 
@@ -120,8 +126,9 @@ def _add_model(
 
 def _is_native(kernel: Kernel, own: Precision, call: OpCall) -> bool:
     """Whether a checkpoint's own formats are those of the kernel; an expert's SwiGLU makes the experts' activations."""
-    activation = own.experts_activation if isinstance(call.op, Experts) else own.linear_activation
-    return kernel.weight in ("", own.linear) and kernel.activation == activation
+    experts = isinstance(call.op, Experts)
+    weight, activation = (own.experts, own.experts_activation) if experts else (own.linear, own.linear_activation)
+    return kernel.weight in ("", weight) and kernel.activation == activation
 
 
 def op_shapes(call: OpCall, model: ModelConfig, rows: int) -> Iterator[tuple[str, _Fields, str]]:
@@ -137,6 +144,10 @@ def op_shapes(call: OpCall, model: ModelConfig, rows: int) -> Iterator[tuple[str
     if name in ("attention_norm", "ffn_norm"):
         yield quantizer("rms_norm_quantize", rows, model.hidden_size, name)
     elif isinstance(op, Experts):
+        sizes = (("num_tokens", op.num_tokens), ("hidden", op.hidden), ("inter", op.inter), ("top_k", op.top_k))
+        ep = EXPERT_PARALLEL.get(model.name, 1)
+        for load in LOADS:
+            yield op.kind, (*sizes, ("num_experts", op.num_experts), ("ep", ep), ("load", load)), name
         yield quantizer("swiglu_quantize", round(op.rows), op.inter // op.tp, "experts_swiglu")
     elif isinstance(op, Gemm) and op.weight == _QUANTIZED.linear:
         yield op.kind, (("m", op.m), ("n", op.n), ("k", op.k)), name

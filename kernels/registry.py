@@ -14,7 +14,9 @@ from typing import Any, NamedTuple, Protocol
 
 from .compile_point import CompilePoint
 from .formats import get_format
+from .grouped_points import grouped_points
 from .matmul_points import matmul_points
+from .moe_work import touched
 from .quantize_points import INPUT_BYTES, QUANTIZED_FORMATS, quantize_points, stored_bytes
 
 Shape = Mapping[str, int]
@@ -144,6 +146,43 @@ def _gemm(
     )  # fmt: skip
 
 
+# -- expert layers ---------------------------------------------------------------------------------
+
+
+def moe_work(weight: str, activation: str, weight_bits: float | None = None) -> Callable[[Shape], Work]:
+    """Of the whole layer on rank 0: weights of the experts that some token chose, x and logits once, y once."""
+    bits = get_format(weight).bits_per_value if weight_bits is None else weight_bits
+
+    def work(shape: Shape) -> Work:
+        experts, rows = touched(shape)
+        values = 3 * shape["hidden"] * shape["inter"]
+        tokens = shape["num_tokens"]
+        activations = tokens * (shape["hidden"] * (INPUT_BYTES + OUTPUT_BYTES) + 4 * shape["num_experts"])
+        return Work(int(experts * values * bits / 8), activations, 2.0 * rows * values)
+
+    return work
+
+
+def _moe_points(weight: str, activation: str) -> Callable[[], list[CompilePoint]]:
+    prefix = f"moe/{weight}-{activation}/"
+    return lambda: [point for point in grouped_points() if point.name.startswith(prefix)]
+
+
+_MOE_SOURCES = (
+    "moe_layer moe_weights moe_schedule routing routing_tiles routing_rule grouped_experts grouped_parts quantize "
+    "quantize_tiles"
+)
+
+
+def _moe(weight: str, activation: str, title: str, sources: str, min_capability: int = 89,
+         weight_bits: float | None = None) -> Kernel:  # fmt: skip
+    files = tuple(f"{name}.py" for name in (*_MOE_SOURCES.split(), *sources.split()))
+    return Kernel(
+        "moe", weight, activation, title, files, ".moe_runs:MoeRun", _moe_points(weight, activation),
+        moe_work(weight, activation, weight_bits), min_capability,
+    )  # fmt: skip
+
+
 # -- quantizers ------------------------------------------------------------------------------------
 
 
@@ -198,6 +237,17 @@ KERNELS: tuple[Kernel, ...] = (
     _gemm("mxfp4", "mxfp8", "BlockScaledMatmul", "W4A8 MXFP4 x MXFP8", _SCALED, 90),
     _gemm("mxfp4", "mxfp4", "BlockScaledMatmul", "W4A4 MXFP4", _SCALED, 90),
     _gemm("nvfp4", "nvfp4", "BlockScaledMatmul", "W4A4 NVFP4", _SCALED, 100),
+    _moe("bf16", "bf16", "experts in BF16", "grouped_matmul fp8_matmul"),
+    _moe("fp8_row", "fp8_row", "experts in FP8, scale per row", "grouped_matmul fp8_matmul"),
+    _moe("fp8_block", "fp8_group", "experts in FP8, scale per block", "grouped_matmul fp8_matmul"),
+    _moe("mxfp8", "mxfp8", "experts in MXFP8", f"grouped_block_scaled {_SCALED}", 90),
+    _moe("mxfp4", "bf16", "MXFP4 experts, BF16 activations", f"grouped_fp4 {_W4A16}", 90),
+    _moe("nvfp4", "bf16", "NVFP4 experts, BF16 activations", f"grouped_fp4 {_W4A16}", 90),
+    _moe("mxfp4", "fp8_row", "MXFP4 experts, FP8 per token", f"grouped_fp4 {_W4A8}", 90, W4A8_BITS),
+    _moe("mxfp4", "fp8_group", "MXFP4 experts, FP8 per 128", f"grouped_fp4 {_W4A8}", 90, W4A8_BITS),
+    _moe("mxfp4", "mxfp8", "MXFP4 experts, MXFP8 activations", f"grouped_block_scaled {_SCALED}", 90),
+    _moe("mxfp4", "mxfp4", "MXFP4 experts and activations", f"grouped_block_scaled {_SCALED}", 90),
+    _moe("nvfp4", "nvfp4", "NVFP4 experts and activations", f"grouped_block_scaled {_SCALED}", 100),
     *_quantizers("quantize", "Quantize", "to", ""),
     *_quantizers("rms_norm_quantize", "RmsNormQuantize", "residual + RMSNorm to", "fused_quantize"),
     *_quantizers("swiglu_quantize", "SwigluQuantize", "SwiGLU to", "fused_quantize"),

@@ -59,7 +59,7 @@ def test_copy_moves_what_it_says_and_rotates_all() -> None:
     for target in find_targets("copy", None, [], [], H100):
         assert target.l2_policy == "cold_all"
         assert target.kernel.work(target.shape).activation_bytes == 2 * target.shape["num_bytes"]
-    assert known_ops() == ["gemm", "quantize", "rms_norm_quantize", "swiglu_quantize", "copy"]
+    assert known_ops() == ["gemm", "moe", "quantize", "rms_norm_quantize", "swiglu_quantize", "copy"]
     assert known_ops()[-1] == COPY.op
 
 
@@ -127,3 +127,14 @@ def test_peers_are_marked_as_a_librarys() -> None:
 def test_targets_need_no_torch() -> None:
     code = "import sys, tokenfab.bench.targets, tokenfab.bench.campaign; print({'torch', 'triton'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_expert_layers_at_the_published_shapes() -> None:
+    found = names("moe", None, ["deepseek-v3", "qwen3-30b-a3b", "gpt-oss-120b"], [64, 128], H100)
+    assert {(128, 7168, 2048, 8, 256, 8, load) for load in (0, 101, 120)} <= found["moe/fp8_block-fp8_group"]
+    assert (64, 2880, 2880, 4, 128, 1, 0) in found["moe/mxfp4-bf16"]
+    assert (64, 2048, 768, 8, 128, 1, 120) in found["moe/bf16-bf16"]
+    targets = find_targets("moe", ["fp8_block"], ["deepseek-v3"], [128], H100)
+    balanced = next(target for target in targets if target.shape["load"] == 0)
+    assert balanced.l2_policy == "cold_weights"
+    assert balanced.kernel.work(balanced.shape).weight_bytes == pytest.approx(1.41e9, rel=0.01)

@@ -103,10 +103,10 @@ def test_weights_are_all_the_bytes_that_work_claims(kernel: Kernel) -> None:
 def test_names_are_unique_and_found() -> None:
     assert len({kernel.name for kernel in KERNELS}) == len(KERNELS)
     assert [k.name for k in find_kernels("gemm", ["nvfp4"])] == ["gemm/nvfp4-bf16", "gemm/nvfp4-nvfp4"]
-    assert [k.name for k in find_kernels(None, ["mxfp4-mxfp8"])] == ["gemm/mxfp4-mxfp8"]
+    assert [k.name for k in find_kernels(None, ["mxfp4-mxfp8"])] == ["gemm/mxfp4-mxfp8", "moe/mxfp4-mxfp8"]
     assert [k.name for k in find_kernels("quantize", ["fp8_group"])] == ["quantize/fp8_group"]
     by_format = [k.name for k in find_kernels(None, ["mxfp8"])]
-    assert by_format == ["gemm/mxfp8-mxfp8", *(f"{op}/mxfp8" for op in QUANTIZE_OPS)]
+    assert by_format == ["gemm/mxfp8-mxfp8", "moe/mxfp8-mxfp8", *(f"{op}/mxfp8" for op in QUANTIZE_OPS)]
     with pytest.raises(ValueError, match="op: expected one of gemm.*; got 'gem'"):
         find_kernels("gem")
     with pytest.raises(ValueError, match="format: expected one of fp8-fp8, .*; got 'int4'"):
