@@ -52,10 +52,10 @@ def inspect(
     from .bench.inspect import document, rows
     from .bench.inspect import inspect as inspect_points
     from .bench.kernel_tables import inspection_table
-    from .kernels.registry import find_kernels
+    from .kernels.registry import find_points
 
     chosen = [get_gpu(name) for name in gpus]
-    points = [point for kernel in find_kernels(op, formats) for point in kernel.points()]
+    points = find_points(op, formats)
     try:
         with _Progress("compiling", quiet=as_json) as progress:
             found = inspect_points(

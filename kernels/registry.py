@@ -18,6 +18,7 @@ from .grouped_points import grouped_points
 from .matmul_points import matmul_points
 from .moe_work import touched
 from .quantize_points import INPUT_BYTES, QUANTIZED_FORMATS, quantize_points, stored_bytes
+from .routing_points import routing_points
 
 Shape = Mapping[str, int]
 
@@ -254,6 +255,17 @@ KERNELS: tuple[Kernel, ...] = (
 )
 
 OPS = tuple(dict.fromkeys(kernel.op for kernel in KERNELS))
+
+
+def find_points(op: str | None = None, formats: Iterable[str] | None = None) -> list[CompilePoint]:
+    """How the kernels of ``find_kernels`` are compiled; those of an expert layer with its routing, in any format.
+
+    Raises:
+        ValueError: as ``find_kernels``.
+    """
+    kernels = find_kernels(op, formats)
+    routed = routing_points() if any(kernel.op == "moe" for kernel in kernels) else []
+    return [*(point for kernel in kernels for point in kernel.points()), *routed]
 
 
 def find_kernels(op: str | None = None, formats: Iterable[str] | None = None) -> list[Kernel]:

@@ -18,6 +18,12 @@ if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compilations(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What one test has compiled no other compiles again; nothing is left from, or for, another run."""
+    os.environ["TOKENFAB_CACHE"] = str(tmp_path_factory.mktemp("compilations"))
+
+
 @pytest.fixture(scope="session")
 def published() -> Any:
     """The published tables of the installed package."""

@@ -250,9 +250,8 @@ def test_costing_never_loads_torch_and_models_loads_little(command: tuple[str, .
 # -- inspect and bench -----------------------------------------------------------------------------
 
 
-def test_inspect_document_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_document_and_table() -> None:
     pytest.importorskip("triton")
-    monkeypatch.setenv("TOKENFAB_CACHE", str(tmp_path))
     args = ("inspect", "gemm", "--arch", "sm_90", "--format", "mxfp4-bf16", "--gpu", "h100,h200")
     document = run_json(*args)
     assert document["schema_version"] == 1
@@ -267,9 +266,8 @@ def test_inspect_document_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert next(line.split()[-1] for line in text.splitlines() if " h100 " in line) == "4.7"
 
 
-def test_inspect_takes_a_quantizer_by_its_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_takes_a_quantizer_by_its_format() -> None:
     pytest.importorskip("triton")
-    monkeypatch.setenv("TOKENFAB_CACHE", str(tmp_path))
     document = run_json("inspect", "quantize", "--arch", "sm_100", "--format", "nvfp4", "--gpu", "b200")
     names = [each["point"]["name"] for each in document["inspections"]]
     assert names == ["quantize/nvfp4/64x7168", "quantize/nvfp4/64x7168/from_amax"]
@@ -283,11 +281,10 @@ def test_help_names_every_op(command: str) -> None:
     assert all(op in text for op in (*OPS, *(("copy",) if command == "bench" else ())))
 
 
-def test_inspect_fails_where_something_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_fails_where_something_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     from tokenfab.kernels import matmul_points
 
-    monkeypatch.setenv("TOKENFAB_CACHE", str(tmp_path))
     monkeypatch.setattr(matmul_points, "W4A16_MAX_INSTRUCTIONS", 1.0)
     result = run("inspect", "gemm", "--arch", "sm_90", "--format", "mxfp4-bf16", "--gpu", "h100")
     assert result.exit_code == 1

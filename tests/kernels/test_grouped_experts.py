@@ -186,6 +186,20 @@ def test_edges_of_routing(pair: tuple[str, str, str], ids: torch.Tensor, device:
     torch.testing.assert_close(y.cpu().double(), combine_ref(expected, top_k), rtol=1e-5, atol=1e-2)
 
 
+@pytest.mark.parametrize("pair", [p for p in PAIRS if p[1] not in ("mxfp4", "nvfp4")], ids="-".join)
+def test_nan_in_a_token_reaches_its_own_rows_only(pair: tuple[str, str, str], device: torch.device) -> None:
+    """Token 2 is another rank's, token 4 shares its expert and its block of rows with others."""
+    experts = make_experts(pair, 2 * INTER, HIDDEN, is_gated=True, device=device)
+    x, values = make_x(pair[1], 6, HIDDEN, 1, device)
+    ids = torch.tensor([[0, 1], [1, 3], [-1, 7], [3, 0], [1, 0], [0, 3]])
+    for token in (2, 4):
+        x.data.view(torch.uint8)[token] = 0xFF
+    h = run_gate_up(x, experts.w, plan_of(ids, device), TOP_K)
+    expected = gate_up_ref(values, ids, experts.values, "silu")
+    expected[4 * TOP_K : 5 * TOP_K] = float("nan")
+    close(h, expected)
+
+
 def test_no_tokens(device: torch.device) -> None:
     experts = make_experts(BF16, 2 * INTER, HIDDEN, is_gated=True, device=device)
     ids = torch.empty(0, TOP_K, dtype=torch.int32)

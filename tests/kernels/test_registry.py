@@ -15,7 +15,8 @@ from tokenfab.bench.ops import Gemm
 from tokenfab.kernels.formats import get_format
 from tokenfab.kernels.quantize_points import QUANTIZE_OPS
 from tokenfab.kernels.reference import error
-from tokenfab.kernels.registry import KERNELS, Kernel, find_kernels
+from tokenfab.kernels.registry import KERNELS, Kernel, find_kernels, find_points
+from tokenfab.kernels.routing_points import routing_points
 
 GEMMS = find_kernels("gemm")
 # odd n and a tail of k beyond every tile; 32 divides k, as MX and NVFP4 blocks need
@@ -113,3 +114,11 @@ def test_names_are_unique_and_found() -> None:
         find_kernels("gemm", ["int4"])
     with pytest.raises(ValueError, match="format: expected one of fp8, fp8_row, .*, nvfp4; got 'fp8_block'"):
         find_kernels("quantize", ["fp8_block"])
+
+
+def test_points_of_an_expert_layer_hold_its_routing() -> None:
+    names = {point.name.split("/")[0] for point in find_points("moe", ["mxfp4-bf16"])}
+    assert names == {"moe", *(point.name.split("/")[0] for point in routing_points())}
+    assert {point.name.split("/")[0] for point in find_points("gemm")} == {"gemm"}
+    everything = [(point.name, point.archs) for point in find_points()]
+    assert len(set(everything)) == len(everything)
