@@ -47,22 +47,45 @@ def read_experts(
     require(experts.step == 1 and len(experts) > 0, "experts", "consecutive experts, at least one", experts)
     if f"{prefix}.experts.gate_up_proj_blocks" in tensors:
         return _read_gpt_oss(tensors, f"{prefix}.experts", experts, layout or "w4a16")
-    first = f"{prefix}.experts.{experts.start}"
+    places = [f"{prefix}.experts.{e}" for e in experts]
+    return _read(tensors, places, f"{prefix}.experts.gate_up_proj_blocks", layout, x_scale, h_scale)
+
+
+def read_shared_expert(
+    tensors: Mapping[str, torch.Tensor], prefix: str, *, layout: str | None = None, x_scale: float | None = None,
+    h_scale: float | None = None,
+) -> tuple[GroupedWeight, GroupedWeight]:  # fmt: skip
+    """(gate-up, down) of the expert that every token takes, as weights of one expert: ``prefix``.shared_experts.
+
+    DeepSeek-V3 and GLM-4.5 store several shared experts as one of their joint width. Arguments and errors as
+    ``read_experts``.
+    """
+    return _read(tensors, [f"{prefix}.shared_experts"], "", layout, x_scale, h_scale)
+
+
+def _read(
+    tensors: Mapping[str, torch.Tensor], places: list[str], other: str, layout: str | None, x_scale: float | None,
+    h_scale: float | None,
+) -> tuple[GroupedWeight, GroupedWeight]:  # fmt: skip
+    """Both weights of the experts at these places, one expert each."""
+    first = places[0]
     names = next((names for names in _NAMES if f"{first}.{names[0]}.weight" in tensors), None)
-    known = " or ".join(f"{first}.{names[0]}.weight" for names in _NAMES)
-    require(names is not None, "tensors", f"{known}, or {prefix}.experts.gate_up_proj_blocks", "none of them")
+    known = ", ".join([*(f"{first}.{names[0]}.weight" for names in _NAMES), *([other] if other else [])])
+    require(names is not None, "tensors", f"one of {known}", "none of them")
     assert names is not None
     suffix = next((s for s in _SUFFIXES if f"{first}.{names[0]}.{s}" in tensors), "")
     format = _SUFFIXES.get(suffix, "bf16")
     layout = layout or ("w4a16" if format == "nvfp4" else "stored")
     halves = []
     for projections, scale in ((names[:2], x_scale), (names[2:], h_scale)):
-        each = [_read_one(tensors, f"{prefix}.experts.{e}", projections, format) for e in experts]
+        each = [_read_one(tensors, place, projections, format) for place in places]
         parts = {name: torch.stack([one[name] for one in each]) for name in each[0]}
-        extra = scale if format == "nvfp4" and layout == "stored" else None
         halves.append(
-            prepare_experts(format, parts, is_gated=len(projections) == 2, layout=layout, activation_scale=extra)
-        )
+            prepare_experts(
+                format, parts, is_gated=len(projections) == 2, layout=layout,
+                activation_scale=scale if format == "nvfp4" and layout == "stored" else None,
+            )
+        )  # fmt: skip
     return halves[0], halves[1]
 
 

@@ -200,6 +200,21 @@ def test_nan_in_a_token_reaches_its_own_rows_only(pair: tuple[str, str, str], de
     close(h, expected)
 
 
+def test_the_width_of_gpt_oss(device: torch.device) -> None:
+    """2880 columns are 22 and a half tiles of 128, 2880 channels 11 and a quarter of 256."""
+    pair = ("mxfp4", "bf16", "w4a16")
+    ids = torch.tensor([[0], [1], [0]])
+    plan = plan_of(ids, device, experts=2)
+    experts = make_experts(pair, 2 * INTER, 2880, is_gated=True, experts=2, device=device)
+    x, values = make_x("bf16", 3, 2880, 1, device)
+    close(run_gate_up(x, experts.w, plan, 1), gate_up_ref(values, ids, experts.values, "silu"))
+    lower = make_experts(pair, 2880, INTER, is_gated=False, experts=2, device=device)
+    h, values = make_x("bf16", 3, INTER, 2, device)
+    ones = torch.ones(3, 1)
+    y = down(h, lower.w, plan, ones.to(device), out=torch.empty(3, 2880, device=device))
+    assert torch.equal(y.cpu().double(), down_ref(values[plan.position.long().cpu()], ids, ones, lower.values))
+
+
 def test_no_tokens(device: torch.device) -> None:
     experts = make_experts(BF16, 2 * INTER, HIDDEN, is_gated=True, device=device)
     ids = torch.empty(0, TOP_K, dtype=torch.int32)
@@ -262,14 +277,16 @@ def test_any_routing(data: st.DataObject, device: torch.device) -> None:
     )
 
 
-def test_order_of_programs_does_not_matter(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_order_of_programs_does_not_matter(
+    pair: tuple[str, str, str], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if device.type == "cuda":
         pytest.skip("a GPU chooses its own order")
     from triton.runtime.interpreter import interpreter_builder
 
-    pair = ("mxfp4", "bf16", "w4a16")
     experts = make_experts(pair, 2 * INTER, HIDDEN, is_gated=True, device=device, is_exact=False)
-    x, _ = make_x("bf16", 21, HIDDEN, 2, device, is_exact=False)
+    x, _ = make_x(pair[1], 21, HIDDEN, 2, device, is_exact=False)
     plan = plan_of(random_ids(21, seed=6), device)
     first = run_gate_up(x, experts.w, plan, TOP_K)
     plain = interpreter_builder.set_grid_idx

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tokenfab.kernels.codec import QuantizedTensor
 from tokenfab.kernels.inputs import random_operand
-from tokenfab.kernels.moe_checkpoints import read_experts
+from tokenfab.kernels.moe_checkpoints import read_experts, read_shared_expert
 from tokenfab.kernels.moe_weights import GroupedWeight, prepare_experts
 
 HIDDEN, INTER, EXPERTS, PREFIX = 256, 128, 4, "model.layers.3.mlp"
@@ -70,6 +70,17 @@ def test_tensors_per_expert(convention: str, format: str, layout: str) -> None:
     same(read_experts(named(each, PROJECTIONS[convention]), PREFIX, HELD), directly(each, layout))
 
 
+def test_shared_expert_is_a_weight_of_one_expert() -> None:
+    each = experts_of("fp8_block")
+    tensors = named(each, PROJECTIONS["deepseek"])
+    renamed = {n.replace("experts.1.", "shared_experts."): t for n, t in tensors.items() if "experts.1." in n}
+    got = read_shared_expert(tensors | renamed, PREFIX)
+    same(got, read_experts(tensors, PREFIX, range(1, 2)))
+    assert got[0].num_experts == 1
+    with pytest.raises(ValueError, match="tensors: expected one of .*shared_experts.gate_proj.weight.*; got none"):
+        read_shared_expert(tensors, PREFIX)
+
+
 def gpt_oss(each: list[dict[str, QuantizedTensor]]) -> dict[str, torch.Tensor]:
     def stacked(part: str, names: tuple[str, ...]) -> torch.Tensor:
         rows = [torch.stack([getattr(one[n], part) for n in names], 1).flatten(0, 1) for one in each]
@@ -112,7 +123,9 @@ def test_what_is_missing_or_does_not_fit_is_named() -> None:
     place = f"{PREFIX}.experts.2.up_proj"
     with pytest.raises(ValueError, match=f"tensors: expected {place}.weight_scale_inv; got none"):
         read_experts({n: t for n, t in tensors.items() if n != f"{place}.weight_scale_inv"}, PREFIX, HELD)
-    with pytest.raises(ValueError, match=r"tensors: expected other.experts.1.gate_proj.weight or .*; got none of them"):
+    with pytest.raises(
+        ValueError, match=r"tensors: expected one of other.experts.1.gate_proj.weight, .*; got none of them"
+    ):
         read_experts(tensors, "other", HELD)
     with pytest.raises(ValueError, match="experts: expected consecutive experts, at least one; got range"):
         read_experts(tensors, PREFIX, range(0))
