@@ -80,7 +80,9 @@ def dependencies(module: str, since: float) -> dict[str, str] | None:
     None when a file changed after ``since``: what was imported is no longer what lies there.
     """
     own = {(__package__ or "").split(".")[0], module.split(".")[0]}
-    libraries = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+    folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    folders |= {path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")}
+    libraries = tuple(folder + os.sep for folder in folders)
     found = {}
     for name, loaded in list(sys.modules.items()):
         file = getattr(loaded, "__file__", None)

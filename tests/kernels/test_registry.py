@@ -122,3 +122,19 @@ def test_points_of_an_expert_layer_hold_its_routing() -> None:
     assert {point.name.split("/")[0] for point in find_points("gemm")} == {"gemm"}
     everything = [(point.name, point.archs) for point in find_points()]
     assert len(set(everything)) == len(everything)
+
+
+def test_distance_has_a_limit_for_the_worst_and_one_for_all() -> None:
+    expected = torch.tensor([1.0, -1.0]).repeat(500)
+    assert error(expected * 1.003, expected) == pytest.approx(0.75, rel=1e-3)  # of an RMS of 4e-3
+    assert error(expected * 1.006, expected) > 1
+    one = expected.clone()
+    one[3] *= 1.01
+    assert error(one, expected) == pytest.approx(0.5, rel=1e-3)  # of a largest of 2e-2
+    one[3] = expected[3] * 1.03
+    assert error(one, expected) > 1
+    one[3] = float("nan")
+    assert not error(one, expected) <= 1
+    assert error(torch.empty(0, 3), torch.empty(0, 3)) == 0
+    with pytest.raises(ValueError, match=r"y: expected shape \(1000,\); got \(999,\)"):
+        error(expected[1:], expected)
