@@ -1,0 +1,95 @@
+"""Kernels launched through their wrappers as on a GPU, up to and with compilation, on a machine without one.
+
+``python launch_without_gpu.py sm_90`` runs every matmul and expert layer of the registry with Triton's own launcher,
+not the interpreter: it binds arguments, specialises and compiles, and stops before the launch. Prints one JSON line
+per kernel: its name, the kernels that it launched in order, and what went wrong.
+
+Triton's driver is replaced by one that only knows an architecture.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from typing import Any
+
+import torch
+import triton
+from tokenfab.kernels.registry import find_kernels
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
+from triton.runtime.driver import driver
+
+MODULES = (
+    "block_scaled_matmul", "fp8_matmul", "grouped_block_scaled", "grouped_experts", "grouped_fp4", "grouped_matmul",
+    "grouped_parts", "matmul_runs", "moe_schedule", "quantize", "routing", "split_k", "w4a16_matmul", "w4a8_matmul",
+)  # fmt: skip
+
+
+class Driver:
+    """As much of a driver as a launch asks for before it launches."""
+
+    def __init__(self, arch: str) -> None:
+        self._target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+
+class Compiling:
+    """A kernel whose launches end with compilation."""
+
+    launched: list[str] = []  # noqa: RUF012
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
+            self._kernel.warmup(*arguments, grid=grid, **options)
+            Compiling.launched.append(self._kernel.__name__)
+
+        return launch
+
+
+def shapes_of(op: str) -> list[dict[str, int]]:
+    if op == "gemm":
+        return [{"m": m, "n": 256, "k": 512} for m in (5, 100)]
+    sizes = {"hidden": 256, "inter": 256, "top_k": 2, "num_experts": 4, "ep": 2, "load": 0}
+    return [sizes | {"num_tokens": 9}]
+
+
+def main(arch: str) -> None:
+    no_gpu: Any = Driver(arch)
+    driver.set_active(no_gpu)
+    CompiledKernel._init_handles = lambda self: None  # the module is not loaded
+    for name in MODULES:
+        module = importlib.import_module(f"tokenfab.kernels.{name}")
+        for attribute, value in list(vars(module).items()):
+            if isinstance(value, triton.JITFunction) and attribute.endswith("_kernel"):
+                setattr(module, attribute, Compiling(value))
+        if hasattr(module, "arch_of"):
+            setattr(module, "arch_of", lambda device: arch)  # noqa: B010
+    for kernel in (*find_kernels("gemm"), *find_kernels("moe")):
+        if kernel.min_capability > int(arch.removeprefix("sm_")):
+            continue
+        for shape in shapes_of(kernel.op):
+            Compiling.launched, problem = [], ""
+            try:
+                run = kernel.load()
+                weights, activations = run.make_weights(shape, 0, "cpu"), run.make_activations(shape, 0, "cpu")
+                run.launch(weights, activations, run.make_output(shape, torch.device("cpu")))
+            except Exception as error:  # noqa: BLE001
+                problem = f"{type(error).__name__}: {error}"[:500]
+            print(json.dumps({"name": kernel.name, "launched": Compiling.launched, "problem": problem}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
