@@ -87,17 +87,22 @@ def _rms_norm_quantize_kernel(
 
 
 @triton.jit
+def swiglu(gate, up, limit, alpha, CLAMPED: tl.constexpr):
+    """gate sigmoid(gate) up of float32 tiles; CLAMPED: gpt-oss's, gate at most limit, up within it, sigmoid of alpha
+    times the gate, up + 1. NaN stays NaN: a minimum would hide it."""
+    if CLAMPED:
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+        return tl.div_rn(gate, 1.0 + tl.exp(-(gate * alpha))) * (up + 1.0)
+    return tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
 def _swiglu_tile(gate_up_ptr, rows, mask_m, offs_k, K, stride_xm, limit, alpha, CLAMPED: tl.constexpr):
     """A tile of y, rounded to BF16, as float32; zeros outside."""
     gate = load_tile(gate_up_ptr, rows, mask_m, offs_k, K, stride_xm)
     up = load_tile(gate_up_ptr + K, rows, mask_m, offs_k, K, stride_xm)
-    if CLAMPED:
-        gate = tl.where(gate > limit, limit, gate)  # NaN stays
-        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-        y = tl.div_rn(gate, 1.0 + tl.exp(-(gate * alpha))) * (up + 1.0)
-    else:
-        y = tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up
-    return y.to(tl.bfloat16).to(tl.float32)
+    return swiglu(gate, up, limit, alpha, CLAMPED).to(tl.bfloat16).to(tl.float32)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .checks import require, seen
+from .fused_quantize import swiglu
 from .quantize import encode_e4m3, fp8_scale, magnitude_bits
 
 ACTIVATIONS = ("silu", "swiglu_oai")
@@ -28,16 +29,6 @@ HALF = 64
 """Channels of gate, then of up: rows of one matrix instruction."""
 
 _AMAX_MIN_BITS = tl.constexpr(0x38D1B717)  # 1e-4 in float32, the clamp of fp8_group
-
-
-@triton.jit
-def gated(gate, up, ACTIVATION: tl.constexpr):
-    """act(gate) * up in FP32."""
-    if ACTIVATION == "swiglu_oai":
-        gate = tl.minimum(gate, 7.0)
-        up = tl.minimum(tl.maximum(up, -7.0), 7.0)
-        return gate / (1.0 + tl.exp(-1.702 * gate)) * (up + 1.0)
-    return gate / (1.0 + tl.exp(-gate)) * up
 
 
 @triton.jit
@@ -70,7 +61,7 @@ def activate(acc, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ACTIVATION: tl.c
     """(BLOCK_N, BLOCK_M) sums, gate and up in turn -> (BLOCK_N / 2, BLOCK_M)."""
     pairs = tl.permute(tl.reshape(acc, (BLOCK_N // 128, 2, 64, BLOCK_M)), (0, 2, 3, 1))
     gate, up = tl.split(pairs)
-    return tl.reshape(gated(gate, up, ACTIVATION), (BLOCK_N // 2, BLOCK_M))
+    return tl.reshape(swiglu(gate, up, 7.0, 1.702, ACTIVATION == "swiglu_oai"), (BLOCK_N // 2, BLOCK_M))
 
 
 @triton.jit

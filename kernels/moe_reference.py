@@ -9,14 +9,13 @@ from __future__ import annotations
 import torch
 
 from .codec import dequantize, quantize
+from .reference import swiglu_ref
 
 
 def activation_ref(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """act(gate) * up, float64; "silu" or "swiglu_oai" (limit 7, alpha 1.702)."""
-    if activation == "swiglu_oai":
-        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-        return gate * torch.sigmoid(1.702 * gate) * (up + 1.0)
-    return gate * torch.sigmoid(gate) * up
+    is_clamped = activation == "swiglu_oai"
+    return swiglu_ref(torch.cat([gate, up], dim=1), 7.0 if is_clamped else None, 1.702)
 
 
 def gate_up_ref(

@@ -170,8 +170,8 @@ def _moe_points(weight: str, activation: str) -> Callable[[], list[CompilePoint]
 
 
 _MOE_SOURCES = (
-    "moe_layer moe_weights moe_schedule routing routing_tiles routing_rule grouped_experts grouped_parts quantize "
-    "quantize_tiles"
+    "moe_layer moe_weights moe_schedule routing routing_tiles routing_rule grouped_experts grouped_parts split_k "
+    "quantize fused_quantize quantize_tiles"
 )
 
 
@@ -223,7 +223,7 @@ def _quantizers(op: str, runnable: str, title: str, sources: str) -> list[Kernel
 W4A8_BITS = 4.125
 """A code, and half a byte of scale per 32; see ``w4a8_weights.py``."""
 
-_W4A16 = "w4a16_matmul fp4_weights"
+_W4A16 = "w4a16_matmul fp4_weights matmul_points"
 _W4A8 = "w4a8_matmul w4a8_weights"
 _SCALED = "block_scaled_matmul w4a8_matmul"
 KERNELS: tuple[Kernel, ...] = (
