@@ -203,6 +203,19 @@ def test_nan_in_a_token_reaches_its_own_rows_only(
     close(h, expected, 1e-5)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_in_gate_or_up_alone_stays_nan(activation: str, device: torch.device) -> None:
+    """A clamp must not turn it into its limit: channel 3 by its gate, channel 7 by its up."""
+    bias = torch.zeros(EXPERTS, 2 * INTER)
+    bias[:, 3], bias[:, INTER + 7] = float("nan"), float("nan")
+    experts = make_experts(BF16, 2 * INTER, HIDDEN, is_gated=True, device=device, bias=bias.to(device))
+    x, values = make_x("bf16", 4, HIDDEN, 1, device)
+    ids = random_ids(4, seed=1)
+    h = run_gate_up(x, experts.w, plan_of(ids, device), TOP_K, activation=activation)
+    close(h, gate_up_ref(values, ids, experts.values, activation, bias), 1e-5)
+    assert (h.isnan().any(dim=0).nonzero().flatten() == torch.tensor([3, 7])).all()
+
+
 def test_the_width_of_gpt_oss(device: torch.device) -> None:
     """2880 columns are 22 and a half tiles of 128, 2880 channels 11 and a quarter of 256."""
     pair = ("mxfp4", "bf16", "w4a16")
