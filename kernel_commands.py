@@ -82,6 +82,8 @@ def inspect(
        show_default=True)  # fmt: skip
 @format_option
 @comma("--batch", "batches", "Tokens per GPU and step.", default="1,16,64,128,512,4096", show_default=True, item=int)
+@comma("--context", "contexts", "Cached tokens of each sequence, for attention.", default="1024,8192,131072",
+       show_default=True, item=int)  # fmt: skip
 @click.option("--gpu", help="Which row of `tokenfab gpus` this GPU is; by default told by its name.")
 @click.option("--processes", type=click.IntRange(1), default=3, show_default=True,
               help="Fresh processes; their spread is the noise floor.")  # fmt: skip
@@ -92,8 +94,9 @@ def inspect(
 @click.option("--pass", "this_pass", type=click.IntRange(1), hidden=True)
 @json_option
 def bench(
-    op: str | None, models: list[str], formats: list[str] | None, batches: list[int], gpu: str | None, processes: int,
-    budget_s: float, no_energy: bool, out: Path, only_list: bool, this_pass: int | None, as_json: bool,
+    op: str | None, models: list[str], formats: list[str] | None, batches: list[int], contexts: list[int],
+    gpu: str | None, processes: int, budget_s: float, no_energy: bool, out: Path, only_list: bool,
+    this_pass: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure tokenfab's kernels on this machine's GPU, beside cuBLAS and a copy: one op, or all.
 
@@ -114,7 +117,7 @@ def bench(
     if only_list:
         if gpu is None:
             raise UserError("gpu: expected --gpu NAME with --list; got none")
-        targets = find_targets(op, formats, models, batches, get_gpu(gpu))
+        targets = find_targets(op, formats, models, batches, get_gpu(gpu), contexts)
         listed = [{"kernel": t.kernel.name, **t.shape, "places": t.places, "l2_policy": t.l2_policy} for t in targets]
         show(as_json, lambda: listed, lambda: targets_table(targets))
         return
@@ -131,12 +134,12 @@ def bench(
             f"{error}. Without one, `tokenfab inspect {op or ''}` compiles the kernels ahead of time"
         ) from error
     row = gpu_of(device.properties, gpu)
-    targets = find_targets(op, formats, models, batches, row)
+    targets = find_targets(op, formats, models, batches, row, contexts)
     store = RecordStore(out, f"{row.name}.jsonl")
     if this_pass is None:
         del device  # each pass is a process of its own
         again = [op] if op else []
-        for flag, values in (("--model", models), ("--format", formats), ("--batch", batches)):
+        for flag, values in (("--model", models), ("--format", formats), ("--batch", batches), ("--context", contexts)):
             again += [flag, ",".join(map(str, values))] if values else []
         again += ["--gpu", row.name, "--budget", str(budget_s), *(["--no-energy"] if no_energy else [])]
         for number in range(1, processes + 1):

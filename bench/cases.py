@@ -16,7 +16,7 @@ from ..kernels.registry import Kernel, Shape
 from .case import Anchor, Case
 from .gpus import Gpu
 from .measurement import num_rotated_sets
-from .peers import PEERS
+from .peers import PEERS, fits
 
 _CHUNK = 1 << 22
 _SEED = 1 << 40
@@ -79,11 +79,12 @@ def checksum(buffers: Any) -> Hashable:
 def make_anchor(kernel: Kernel, shape: Shape, l2_bytes: int, device: Any = "cuda") -> Anchor | None:
     """The library's kernel at the same shape, its weights rotating out of L2 as well; None for other ops.
 
-    FP8 activations, and narrower ones, stand beside cuBLAS's FP8 with a scale per tensor; BF16 beside its BF16.
+    FP8 activations, and narrower ones, stand beside cuBLAS's FP8 with a scale per tensor; BF16 beside its BF16, and
+    attention over any cache beside torch's over BF16.
     """
     rate = "bf16" if kernel.activation == "bf16" else "fp8"
     peer = next((peer for peer in PEERS if peer.op == kernel.op and peer.activation == rate), None)
-    if peer is None:
+    if peer is None or not fits(peer, shape):
         return None
     run, work = peer.load(), peer.work(shape)
     ring = num_rotated_sets("cold_weights", l2_bytes, work.weight_bytes, work.activation_bytes)

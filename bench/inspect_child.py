@@ -35,7 +35,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import sass
+from . import sass, tool_logs
 
 ARCHS = {"sm_90": 90, "sm_100": 100, "sm_103": 103, "sm_120": 120}
 TEXT_LIMIT = 2000
@@ -170,13 +170,13 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = sass.resource_usage(_run_tool("cuobjdump", "--dump-resource-usage", cubin.name), name)
+        usage = tool_logs.resource_usage(_run_tool("cuobjdump", "--dump-resource-usage", cubin.name), name)
         try:
             code, unreadable = sass.parse_sass(_run_tool("nvdisasm", "-c", cubin.name), name), ""
         except RuntimeError as error:
             code, unreadable = None, str(error)
     ptx_code = sass.parse_ptx(ptx, name)
-    stores, loads = sass.spills(log, name)
+    stores, loads = tool_logs.spills(log, name)
     return {
         "triton": triton.__version__,
         "ptxas": f"{Path(get_ptxas(arch).path).name} {get_ptxas(arch).version}",
@@ -189,7 +189,7 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
         "spill_load_bytes": loads,
         "shared_bytes": metadata.shared + usage["SHARED"],
         "tensor_memory_columns": getattr(metadata, "tmem_size", None) or 0,
-        "ptxas_warnings": sass.ptxas_warnings(log),
+        "ptxas_warnings": tool_logs.ptxas_warnings(log),
         "sass_unreadable": unreadable,
         "loops": [dataclasses.asdict(loop) for loop in sass.loops(code)] if code else [],
         "whole": dataclasses.asdict(sass.straight_line(code)) if code else None,

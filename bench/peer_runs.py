@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
+from ..kernels.attention_reference import attention_ref
 from ..kernels.inputs import random_matrix
 from ..kernels.matmul_runs import Buffers, StoredMatmul
 from ..kernels.registry import Shape
@@ -31,6 +33,44 @@ class TorchScaledMm(StoredMatmul):
             activations["data"], weights["data"].t(), x_scale, w_scale, out_dtype=output.dtype, use_fast_accum=True,
             out=output,
         )  # fmt: skip
+
+
+class TorchAttention:
+    """``scaled_dot_product_attention`` of one query token per sequence; K and V (B, Hk, L, D) contiguous."""
+
+    def __init__(self, weight: str, activation: str) -> None:
+        self.format = (weight, activation)
+
+    def make_weights(self, shape: Shape, seed: int, device: Any, *, is_exact: bool = False) -> Buffers:
+        sizes = (shape["batch"], shape["num_kv_heads"], shape["length"], shape["head_dim"])
+        return {
+            name: random_matrix(math.prod(sizes[:3]), sizes[3], 2 * seed + half, torch.device(device)).view(sizes)
+            for half, name in enumerate(("k", "v"))
+        }
+
+    def make_activations(self, shape: Shape, seed: int, device: Any, *, is_exact: bool = False) -> Buffers:
+        rows, heads = shape["batch"], shape["num_heads"]
+        q = random_matrix(rows * heads, shape["head_dim"], seed, torch.device(device))
+        return {"q": q.view(rows, heads, 1, shape["head_dim"])}
+
+    def make_output(self, shape: Shape, device: Any) -> torch.Tensor:
+        sizes = (shape["batch"], shape["num_heads"], 1, shape["head_dim"])
+        return torch.empty(sizes, dtype=torch.bfloat16, device=device)
+
+    def launch(self, weights: Buffers, activations: Buffers, output: torch.Tensor) -> None:
+        q, k, v = activations["q"], weights["k"], weights["v"]
+        output.copy_(torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+
+    def reference(self, shape: Shape, weights: Buffers, activations: Buffers) -> torch.Tensor:
+        scale, length = shape["head_dim"] ** -0.5, shape["length"]
+        made = []
+        for q, k, v in zip(activations["q"], weights["k"], weights["v"], strict=True):
+            k, v = (part.double().transpose(0, 1) for part in (k, v))
+            made.append(attention_ref(q[:, 0], k, v, 0, length, scale)[0][:, None])
+        return torch.stack(made)
+
+    def tile(self, shape: Shape, device: Any) -> dict[str, int]:
+        return {}
 
 
 class Copy:

@@ -1,4 +1,4 @@
-"""What compiled code says about itself: SASS, PTX, ``ptxas -v``, ``cuobjdump``. Text in, facts out.
+"""What compiled code says about itself: SASS and PTX. Text in, facts out.
 
 The hot loop is found on the control-flow graph, not by address: compilers put the retry of every
 barrier wait behind the end of the kernel, and one kernel holds many loops. A loop is natural (its
@@ -6,8 +6,7 @@ header dominates its back edge). Counted is what one trip issues when no wait ha
 cheapest way through the body, and every branch that holds matrix instructions or loads. The rest, such
 as the epilogue of a persistent kernel whose loops were fused, is ``conditional``.
 
-Read with ``nvdisasm -c`` and ``cuobjdump --dump-resource-usage`` as Triton 3.6.0 (CUDA 12.8) and
-3.9.0 (CUDA 13.1) bundle them.
+Read with ``nvdisasm -c`` as Triton 3.6.0 (CUDA 12.8) and 3.9.0 (CUDA 13.1) bundle it.
 """
 
 from __future__ import annotations
@@ -126,6 +125,11 @@ class Loop:
     @property
     def num_matrix(self) -> int:
         return sum(self.matrix.values())
+
+    @property
+    def is_pipelined(self) -> bool:
+        """Whether it loads into shared memory ahead of time."""
+        return any(base in self.opcodes for base in ("LDGSTS", "UTMALDG", "UBLKCP", "cp"))
 
     @property
     def classes(self) -> dict[str, int]:
@@ -357,44 +361,15 @@ def matrix_instructions(code: Code) -> dict[str, int]:
 
 
 def hot_loop(found: list[Loop]) -> Loop | None:
-    """The loop with the most matrix work, of equals the longest; without matrix work, the one with the most loads."""
+    """The loop with the most matrix work, or without such the most loads; of equals a pipelined one, then the longest.
+
+    A kernel may hold its loop twice, for whole tiles with loads ahead of time, and for the few that need a mask.
+    """
     if any(loop.matrix for loop in found):
         flops = [loop.matrix_flops() for loop in found]
         known = all(each is not None for each in flops)
         work = [(each or 0) if known else loop.num_matrix for each, loop in zip(flops, found, strict=True)]
     else:
         work = [loop.loads for loop in found]
-    ranked = [(done, loop.instructions, loop.start, loop) for done, loop in zip(work, found, strict=True) if done]
-    return max(ranked, key=lambda row: row[:3])[3] if ranked else None
-
-
-def resource_usage(text: str, function: str) -> dict[str, int]:
-    """REG, STACK, SHARED, LOCAL, ... of ``function``, from ``cuobjdump --dump-resource-usage``.
-
-    Raises:
-        ValueError: no such function.
-    """
-    found = re.search(rf"Function {re.escape(function)}:\s*\n(.*)", text)
-    if not found:
-        raise ValueError(f"function: expected one in the resource usage; got {function!r}")
-    return {name: int(value) for name, value in re.findall(r"([A-Z]+(?:\[\d+\])?):(\d+)", found[1])}
-
-
-def spills(log: str, function: str) -> tuple[int, int]:
-    """Bytes of spill stores and spill loads of ``function`` in the output of ``ptxas -v``.
-
-    Raises:
-        ValueError: the log does not say.
-    """
-    found = re.search(
-        rf"Function properties for {re.escape(function)}\s*\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads", log
-    )
-    if not found:
-        raise ValueError(f"log: expected the spills of {function!r}; got {log[-200:]!r}")
-    return int(found[1]), int(found[2])
-
-
-def ptxas_warnings(log: str) -> tuple[str, ...]:
-    """Warnings and performance notes of ``ptxas -v``, in order, each once."""
-    lines = (line.split(":", 1)[-1].strip() for line in log.splitlines() if re.search(r"warning|Potential Perf", line))
-    return tuple(dict.fromkeys(lines))
+    order = [(done, loop.is_pipelined, loop.instructions, loop.start) for done, loop in zip(work, found, strict=True)]
+    return max(zip(order, found, strict=True), key=lambda row: row[0])[1] if any(work) else None

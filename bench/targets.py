@@ -7,6 +7,7 @@ before the output projection. MLA's norms of latents have no residual and are le
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,11 +18,25 @@ from .deployment import PRECISIONS, Deployment, Precision
 from .gpus import Gpu
 from .model_config import ModelConfig
 from .models import load_model
-from .ops import Experts, Gemm
-from .peers import COPY, COPY_SHAPES, PEERS
+from .ops import Experts, Gemm, MlaAttention, PagedAttention
+from .peers import COPY, COPY_SHAPES, PEERS, fits
 
 DEFAULT_MODELS = ("deepseek-v3", "qwen3-30b-a3b", "gpt-oss-120b")
 DEFAULT_BATCHES = (1, 16, 64, 128, 512, 4096)
+DEFAULT_CONTEXTS = (1024, 8192, 131072)
+"""Cached tokens of each sequence, where a model takes as many."""
+
+MAX_SEQUENCES = 256
+"""Of attention: beyond it, tokens per step are those of prefill."""
+
+MAX_CACHE_BYTES = 16 << 30
+"""Of one layer's attention, twice which a GPU of 80 GB holds."""
+
+PAGE_SIZE = 64
+
+_GQA_SHAPES = ((16, 8192, 64, 8, 1), (16, 8192, 64, 8, 4), (128, 2048, 32, 8, 1), (1, 8192, 64, 8, 1))
+_MLA_SHAPES = ((32, 32768, 128, 1), (32, 32768, 128, 4))
+"""Batch, length, heads (KV heads), query tokens, at which stacks are usually compared; head dim 128, latents of 576."""
 
 EXPERT_PARALLEL = {"deepseek-v3": 8, "deepseek-r1": 8, "kimi-k2": 16, "qwen3-235b-a22b": 4}
 """Ranks that the experts of a model are spread over; its tokens are those of all ranks. 1 for any other model."""
@@ -75,14 +90,16 @@ def capability(gpu: Gpu) -> int:
 
 
 def find_targets(
-    op: str | None, formats: Sequence[str] | None, models: Iterable[str], batches: Iterable[int], gpu: Gpu
-) -> list[Target]:
+    op: str | None, formats: Sequence[str] | None, models: Iterable[str], batches: Iterable[int], gpu: Gpu,
+    contexts: Sequence[int] = DEFAULT_CONTEXTS,
+) -> list[Target]:  # fmt: skip
     """The kernels that run on ``gpu``, and the libraries' beside them, at the shapes of ``models``.
 
     Args:
         op: one of ``known_ops``, or None for all. formats: as in ``find_kernels``; None: for each model those of its
             checkpoint, or all where no kernel has these.
-        batches: tokens per GPU and step.
+        batches: tokens per GPU and step; for attention, sequences, up to ``MAX_SEQUENCES``.
+        contexts: cached tokens of a sequence.
 
     Raises:
         ValueError: unknown op, format or model; nothing that runs on this GPU.
@@ -101,7 +118,11 @@ def find_targets(
         limit = capability(gpu)
         kernels = [kernel for kernel in find_kernels(op, formats) if kernel.min_capability <= limit]
         for name in models:
-            _add_model(name, kernels, formats is not None, list(batches), gpu, add)
+            _add_model(name, kernels, formats is not None, list(batches), contexts, gpu, add)
+        for kernel in (*kernels, *peers_of(kernels)):
+            for fields in _compared_shapes(kernel.op):
+                if fits(kernel, dict(fields)):
+                    add(kernel, fields, "compared")
     if not found:
         kept = ", ".join(formats or ["any format"])
         raise ValueError(f"format: expected a kernel that runs on {gpu.name}; got {kept}")
@@ -109,23 +130,56 @@ def find_targets(
 
 
 def _add_model(
-    name: str, kernels: Sequence[Kernel], is_asked: bool, batches: Sequence[int], gpu: Gpu, add: _Add
-) -> None:
+    name: str, kernels: Sequence[Kernel], is_asked: bool, batches: Sequence[int], contexts: Sequence[int], gpu: Gpu,
+    add: _Add,
+) -> None:  # fmt: skip
     model = load_model(name)
     own = PRECISIONS.get(model.native_precision or "")
-    for batch in batches:
-        deployment = Deployment(1, 1, 1, _QUANTIZED, batch, 1)
+    lengths = sorted({min(context, model.max_context) for context in contexts})
+    for batch, length in itertools.product(batches, lengths):
+        deployment = Deployment(1, 1, 1, _QUANTIZED, batch, length)
         for call in decode_plan(model, gpu, deployment, check_memory=False):
             for op, fields, place in op_shapes(call, model, deployment.rows):
                 fitting = [kernel for kernel in kernels if kernel.op == op]
                 if not is_asked and own is not None:
                     fitting = [kernel for kernel in fitting if _is_native(kernel, own, call)] or fitting
                 for kernel in (*fitting, *peers_of(fitting)):
-                    add(kernel, fields, f"{model.name} {place}")
+                    if fits(kernel, dict(fields)) and not _is_too_large(kernel, dict(fields)):
+                        add(kernel, fields, f"{model.name} {place}")
+
+
+def _is_too_large(kernel: Kernel, shape: dict[str, int]) -> bool:
+    """Attention over more sequences, or bytes, than are measured."""
+    if kernel.op not in ("attention", "mla"):
+        return False
+    return shape["batch"] > MAX_SEQUENCES or kernel.work(shape).weight_bytes > MAX_CACHE_BYTES
+
+
+def _compared_shapes(op: str) -> list[_Fields]:
+    if op == "attention":
+        return [_attention_fields(batch, length, heads, kv_heads, 128, 0, q_len)
+                for batch, length, heads, kv_heads, q_len in _GQA_SHAPES]  # fmt: skip
+    if op == "mla":
+        return [_mla_fields(batch, length, heads, 512, 64, q_len) for batch, length, heads, q_len in _MLA_SHAPES]
+    return []
+
+
+def _attention_fields(
+    batch: int, length: int, heads: int, kv_heads: int, head_dim: int, window: int, q_len: int
+) -> _Fields:
+    sizes = (("batch", batch), ("length", length), ("num_heads", heads), ("num_kv_heads", kv_heads))
+    return (*sizes, ("head_dim", head_dim), ("window", window), ("q_len", q_len), ("page_size", PAGE_SIZE))
+
+
+def _mla_fields(batch: int, length: int, heads: int, rank: int, rope: int, q_len: int) -> _Fields:
+    sizes = (("batch", batch), ("length", length), ("num_heads", heads), ("kv_lora_rank", rank), ("rope_dim", rope))
+    return (*sizes, ("q_len", q_len), ("page_size", PAGE_SIZE))
 
 
 def _is_native(kernel: Kernel, own: Precision, call: OpCall) -> bool:
     """Whether a checkpoint's own formats are those of the kernel; an expert's SwiGLU makes the experts' activations."""
+    if isinstance(call.op, PagedAttention | MlaAttention):
+        return own.kv in (kernel.weight, kernel.activation)
     experts = isinstance(call.op, Experts)
     weight, activation = (own.experts, own.experts_activation) if experts else (own.linear, own.linear_activation)
     return kernel.weight in ("", weight) and kernel.activation == activation
@@ -149,6 +203,15 @@ def op_shapes(call: OpCall, model: ModelConfig, rows: int) -> Iterator[tuple[str
         for load in LOADS:
             yield op.kind, (*sizes, ("num_experts", op.num_experts), ("ep", ep), ("load", load)), name
         yield quantizer("swiglu_quantize", round(op.rows), op.inter // op.tp, "experts_swiglu")
+    elif isinstance(op, PagedAttention):
+        heads = (("num_heads", op.num_heads), ("num_kv_heads", op.num_kv_heads), ("head_dim", op.head_dim))
+        sizes = (op.batch, op.length, op.num_heads, op.num_kv_heads, op.head_dim, op.window or 0, op.q_len)
+        yield op.kind, _attention_fields(*sizes), name
+        yield "rope_append", (("num_tokens", op.batch * op.q_len), *heads, ("page_size", PAGE_SIZE)), "rope_append"
+    elif isinstance(op, MlaAttention) and op.top_k is None:
+        latent = (("kv_lora_rank", op.kv_lora_rank), ("rope_dim", op.rope_dim), ("page_size", PAGE_SIZE))
+        yield op.kind, _mla_fields(op.batch, op.length, op.num_heads, op.kv_lora_rank, op.rope_dim, op.q_len), name
+        yield "mla_append", (("num_tokens", op.batch * op.q_len), ("num_heads", op.num_heads), *latent), "mla_append"
     elif isinstance(op, Gemm) and op.weight == _QUANTIZED.linear:
         yield op.kind, (("m", op.m), ("n", op.n), ("k", op.k)), name
         if name == "o_proj":

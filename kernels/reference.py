@@ -105,14 +105,7 @@ class Quantized:
         data, scale = output["data"], output["scale"]
         stored = QuantizedTensor(self.format, data, scale, self.global_scale, (self.low.shape[0], self.low.shape[1]))
         wrong = [self._wrong_scales(scale), self._wrong_codes(stored)]
-        for name, expected in self.equal.items():
-            got = output[name]
-            if (got.dtype, got.shape) != (expected.dtype, expected.shape):
-                raise ValueError(
-                    f"{name}: expected {expected.dtype} {tuple(expected.shape)}; got {got.dtype} {tuple(got.shape)}"
-                )
-            as_bytes = (part.contiguous().view(torch.uint8) for part in (got, expected))
-            wrong.append(torch.ne(*as_bytes))
+        wrong += [_different_bytes(name, output[name], expected) for name, expected in self.equal.items()]
         return sum(int(part.sum()) for part in wrong) / max(1, sum(part.numel() for part in wrong))
 
     def _wrong_scales(self, scale: torch.Tensor) -> torch.Tensor:
@@ -145,21 +138,57 @@ class Quantized:
         return self.global_scale.reciprocal() / each, True
 
 
+@dataclass(frozen=True)
+class Exact:
+    """What a kernel must write, bit for bit.
+
+    Attributes:
+        parts: the expected buffers by name.
+        written: of some of them, bool, which elements count: a kernel leaves the others as they were.
+    """
+
+    parts: Parts
+    written: Parts = field(default_factory=dict)
+
+    def error(self, output: Parts) -> float:
+        """Share of the bytes that differ.
+
+        Raises:
+            ValueError: another dtype or shape.
+        """
+        wrong, total = 0, 0
+        for name, expected in self.parts.items():
+            different = _different_bytes(name, output[name], expected)
+            if name in self.written:
+                different = different[self.written[name]]
+            wrong, total = wrong + int(different.sum()), total + different.numel()
+        return wrong / max(1, total)
+
+
+def _different_bytes(name: str, got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Bool, an axis of bytes last."""
+    if (got.dtype, got.shape) != (expected.dtype, expected.shape):
+        raise ValueError(
+            f"{name}: expected {expected.dtype} {tuple(expected.shape)}; got {got.dtype} {tuple(got.shape)}"
+        )
+    return torch.ne(*(part.contiguous().unsqueeze(-1).view(torch.uint8) for part in (got, expected)))
+
+
 def _ordered(codes: torch.Tensor, sign: int) -> torch.Tensor:
     """Integers that are ordered like the values of sign-magnitude codes, -0 below +0."""
     size = (codes & (sign - 1)).to(torch.int16)
     return torch.where((codes & sign) != 0, -1 - size, size)
 
 
-def error(y: torch.Tensor | Parts, expected: torch.Tensor | Quantized) -> float:
+def error(y: torch.Tensor | Parts, expected: torch.Tensor | Quantized | Exact) -> float:
     """The distance of ``y`` from ``expected``; above 1 the kernel is wrong, NaN where either is not finite.
 
-    Of a quantizer's buffers it is ``Quantized.error``, and 0 is the most a correct kernel may have.
+    Of buffers it is the error of ``Quantized`` or ``Exact``, and 0 is the most a correct kernel may have.
 
     Raises:
         ValueError: another shape.
     """
-    if isinstance(expected, Quantized):
+    if isinstance(expected, (Quantized, Exact)):
         assert isinstance(y, dict)
         return expected.error(y)
     assert isinstance(y, torch.Tensor)

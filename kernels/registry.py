@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from .append_points import append_points, append_work
+from .attention_points import attention_points, attention_work, plan_points
 from .compile_point import CompilePoint
 from .formats import get_format
 from .grouped_points import grouped_points
+from .kv_layout import KV_FORMATS, MLA_FORMATS
 from .matmul_points import matmul_points
+from .mla_points import mla_points, mla_work
 from .moe_work import touched
 from .quantize_points import INPUT_BYTES, QUANTIZED_FORMATS, quantize_points, stored_bytes
 from .routing_points import routing_points
@@ -131,9 +135,8 @@ def gemm_work(weight: str, activation: str, weight_bits: float | None = None) ->
     return work
 
 
-def _gemm_points(weight: str, activation: str) -> Callable[[], list[CompilePoint]]:
-    prefix = f"gemm/{weight}-{activation}/"
-    return lambda: [point for point in matmul_points() if point.name.startswith(prefix)]
+def _named(points: Callable[[], list[CompilePoint]], prefix: str) -> Callable[[], list[CompilePoint]]:
+    return lambda: [point for point in points() if point.name.startswith(f"{prefix}/")]
 
 
 def _gemm(
@@ -142,7 +145,8 @@ def _gemm(
 ) -> Kernel:  # fmt: skip
     files = tuple(f"{name}.py" for name in ("split_k", *sources.split()))
     return Kernel(
-        "gemm", weight, activation, title, files, f".matmul_runs:{runnable}", _gemm_points(weight, activation),
+        "gemm", weight, activation, title, files, f".matmul_runs:{runnable}", 
+        _named(matmul_points, f"gemm/{weight}-{activation}"),
         gemm_work(weight, activation, weight_bits), min_capability,
     )  # fmt: skip
 
@@ -164,11 +168,6 @@ def moe_work(weight: str, activation: str, weight_bits: float | None = None) -> 
     return work
 
 
-def _moe_points(weight: str, activation: str) -> Callable[[], list[CompilePoint]]:
-    prefix = f"moe/{weight}-{activation}/"
-    return lambda: [point for point in grouped_points() if point.name.startswith(prefix)]
-
-
 _MOE_SOURCES = (
     "moe_layer moe_weights moe_schedule routing routing_tiles routing_rule grouped_experts grouped_parts split_k "
     "quantize fused_quantize quantize_tiles"
@@ -179,7 +178,8 @@ def _moe(weight: str, activation: str, title: str, sources: str, min_capability:
          weight_bits: float | None = None) -> Kernel:  # fmt: skip
     files = tuple(f"{name}.py" for name in (*_MOE_SOURCES.split(), *sources.split()))
     return Kernel(
-        "moe", weight, activation, title, files, ".moe_runs:MoeRun", _moe_points(weight, activation),
+        "moe", weight, activation, title, files, ".moe_runs:MoeRun",
+        _named(grouped_points, f"moe/{weight}-{activation}"),
         moe_work(weight, activation, weight_bits), min_capability,
     )  # fmt: skip
 
@@ -203,21 +203,47 @@ def quantize_work(op: str, format: str) -> Callable[[Shape], Work]:
     return work
 
 
-def _quantize_points(op: str, format: str) -> Callable[[], list[CompilePoint]]:
-    prefix = f"{op}/{format}/"
-    return lambda: [point for point in quantize_points() if point.name.startswith(prefix)]
-
-
 def _quantizers(op: str, runnable: str, title: str, sources: str) -> list[Kernel]:
     """A row per format, from compute capability 8.9: the first that rounds to E4M3."""
     files = tuple(f"{name}.py" for name in ("quantize", "quantize_tiles", *sources.split()))
     return [
         Kernel(
             op, "", format, f"{title} {get_format(format).title}", files, f".quantize_runs:{runnable}",
-            _quantize_points(op, format), quantize_work(op, format), 89, tolerance=0.0,
+            _named(quantize_points, f"{op}/{format}"), quantize_work(op, format), 89, tolerance=0.0,
         )
         for format in QUANTIZED_FORMATS
     ]  # fmt: skip
+
+
+# -- attention -------------------------------------------------------------------------------------
+
+
+def _attention(format: str) -> Kernel:
+    """Its "weights" are the cache: what a step finds out of L2. From 8.9: the first that has E4M3."""
+    files = "paged_attention attention_plan attention_parts attention_fp4 kv_cache kv_layout tiles w4a16_matmul"
+    return Kernel(
+        "attention", format, "bf16", f"paged GQA decode, K and V in {get_format(format).title}",
+        tuple(f"{name}.py" for name in files.split()), ".attention_runs:PagedAttention",
+        _named(attention_points, f"attention/{format}-bf16"), attention_work(format), 89,
+    )  # fmt: skip
+
+
+def _mla(format: str) -> Kernel:
+    files = "mla_attention attention_plan attention_parts kv_cache kv_layout tiles paged_attention"
+    return Kernel(
+        "mla", format, "bf16", f"paged MLA decode, latent in {get_format(format).title}",
+        tuple(f"{name}.py" for name in files.split()), ".mla_runs:MlaAttention",
+        _named(mla_points, f"mla/{format}-bf16"), mla_work(format), 89,
+    )  # fmt: skip
+
+
+def _append(op: str, runnable: str, title: str, format: str) -> Kernel:
+    files = f"{'kv' if op == 'rope_append' else 'mla'}_append append_tiles kv_append kv_cache kv_layout quantize"
+    return Kernel(
+        op, "", format, f"{title} in {get_format(format).title}",
+        tuple(dict.fromkeys(f"{name}.py" for name in files.split())), f".append_runs:{runnable}",
+        _named(append_points, f"{op}/{format}"), append_work(op, format), 89, tolerance=0.0,
+    )  # fmt: skip
 
 
 W4A8_BITS = 4.125
@@ -249,6 +275,10 @@ KERNELS: tuple[Kernel, ...] = (
     _moe("mxfp4", "mxfp8", "MXFP4 experts, MXFP8 activations", f"grouped_block_scaled {_SCALED}", 90),
     _moe("mxfp4", "mxfp4", "MXFP4 experts and activations", f"grouped_block_scaled {_SCALED}", 90),
     _moe("nvfp4", "nvfp4", "NVFP4 experts and activations", f"grouped_block_scaled {_SCALED}", 100),
+    *(_attention(format) for format in KV_FORMATS),
+    *(_mla(format) for format in MLA_FORMATS),
+    *(_append("rope_append", "KvAppend", "norm, RoPE and append of K and V", format) for format in KV_FORMATS),
+    *(_append("mla_append", "MlaAppend", "norm, RoPE and append of latents", format) for format in MLA_FORMATS),
     *_quantizers("quantize", "Quantize", "to", ""),
     *_quantizers("rms_norm_quantize", "RmsNormQuantize", "residual + RMSNorm to", "fused_quantize"),
     *_quantizers("swiglu_quantize", "SwigluQuantize", "SwiGLU to", "fused_quantize"),
@@ -258,14 +288,15 @@ OPS = tuple(dict.fromkeys(kernel.op for kernel in KERNELS))
 
 
 def find_points(op: str | None = None, formats: Iterable[str] | None = None) -> list[CompilePoint]:
-    """How the kernels of ``find_kernels`` are compiled; those of an expert layer with its routing, in any format.
+    """How the kernels of ``find_kernels`` are compiled; an expert layer's with its routing, attention's with its plan.
 
     Raises:
         ValueError: as ``find_kernels``.
     """
     kernels = find_kernels(op, formats)
     routed = routing_points() if any(kernel.op == "moe" for kernel in kernels) else []
-    return [*(point for kernel in kernels for point in kernel.points()), *routed]
+    planned = plan_points() if any(kernel.op in ("attention", "mla") for kernel in kernels) else []
+    return [*(point for kernel in kernels for point in kernel.points()), *routed, *planned]
 
 
 def find_kernels(op: str | None = None, formats: Iterable[str] | None = None) -> list[Kernel]:

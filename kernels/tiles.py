@@ -18,6 +18,9 @@ from dataclasses import dataclass
 ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120")
 """Architectures a row may name."""
 
+PARTED_ARCHS = ("sm_100", "sm_103")
+"""Where attention multiplies the two terms of FP8 queries and probabilities apart: see ``attention_parts.py``."""
+
 ANY_NUMBER = 1 << 62
 """Tokens without a limit."""
 
@@ -55,6 +58,11 @@ _FP4 = ("mxfp4", "nvfp4")
 _A8 = ("fp8_row", "fp8_group")
 _EXPERTS = ("bf16", "fp8_row", "fp8_block")
 _MXFP8 = ("mxfp8", "mxfp4_mxfp8")
+
+_KV_FP8 = ("fp8", "fp8_row")
+
+_ROWS = (8, 16, ANY_NUMBER)
+"""Query rows of attention's tiles: heads of a group times query tokens."""
 
 _LIMITS = (16, 32, ANY_NUMBER)
 """Rows per block of the experts' matmuls."""
@@ -141,6 +149,62 @@ TILES: tuple[TileRow, ...] = (
             "128 of k are 128 bytes of codes per row"),
     TileRow("grouped_block_scaled", _MXFP8, (), ANY_NUMBER, Tile(64, 128, 128, 8, 3),
             "128 of k are 128 bytes of codes per row"),
+    *(TileRow("attention_d64", _KV_FP8, ("sm_100", "sm_103"), limit, Tile(16, 64, 64, 4, 3),
+              "8 rows are an N that tcgen05 does not have with 128 of M, 32 spill") for limit in _ROWS),
+    TileRow("attention_d64", _KV_FP8, ("sm_120",), 16, Tile(16, 32, 64, 4, 4), "64 tokens spill"),
+    TileRow("attention_d64", _KV_FP8, ("sm_120",), ANY_NUMBER, Tile(16, 32, 64, 4, 4), "32 rows, or 64 tokens, spill"),
+    TileRow("attention_d64", _KV_FP8, (), 8, Tile(8, 64, 64, 4, 4), "24 KiB ahead of the matrix unit, in each CTA"),
+    TileRow("attention_d64", _KV_FP8, (), 16, Tile(16, 64, 64, 4, 3), "two terms of 16 rows are an N of 32"),
+    TileRow("attention_d64", _KV_FP8, (), ANY_NUMBER, Tile(32, 64, 64, 4, 3), "64 rows spill"),
+    *(TileRow("attention_d64", ("bf16",), ("sm_120",), limit, Tile(16, 64, 64, 4, 2),
+              "all four warps have tokens of their own; 32 rows spill") for limit in _ROWS[1:]),
+    TileRow("attention_d64", ("bf16",), (), 16, Tile(16, 32, 64, 4, 4),
+            "warp instructions of 16 tokens: half the registers of a warpgroup's 64, and bytes bind either way"),
+    TileRow("attention_d64", ("bf16",), (), ANY_NUMBER, Tile(32, 32, 64, 4, 4), "64 rows spill"),
+    *(TileRow("attention_d64", _FP4, ("sm_100", "sm_103"), limit, Tile(16, 64, 64, 4, 3), "32 rows spill")
+      for limit in _ROWS[1:]),
+    TileRow("attention_d64", _FP4, ("sm_120",), ANY_NUMBER, Tile(16, 64, 64, 4, 4), "32 rows spill"),
+    TileRow("attention_d64", _FP4, (), 16, Tile(16, 64, 64, 4, 4), "a lane decodes 16 bytes of a row at a time"),
+    TileRow("attention_d64", _FP4, (), ANY_NUMBER, Tile(32, 64, 64, 4, 4), "64 rows spill"),
+    *(TileRow("attention_d128", ("fp8",), ("sm_100", "sm_103"), limit, Tile(16, 64, 128, 4, 3),
+              "8 rows are an N that tcgen05 does not have with 128 of M, 32 spill") for limit in _ROWS),
+    *(TileRow("attention_d128", ("fp8_row",), ("sm_100", "sm_103"), limit, Tile(16, 128, 128, 8, 3),
+              "scales of 64 tokens and a window spill with four warps") for limit in _ROWS),
+    TileRow("attention_d128", _KV_FP8, ("sm_120",), 8, Tile(8, 64, 128, 4, 3), "37 KiB: two CTAs in the 99 there are"),
+    TileRow("attention_d128", _KV_FP8, ("sm_120",), 16, Tile(16, 32, 128, 4, 4), "64 tokens spill"),
+    TileRow("attention_d128", _KV_FP8, ("sm_120",), ANY_NUMBER, Tile(32, 32, 128, 4, 4), "64 tokens spill"),
+    TileRow("attention_d128", _KV_FP8, (), 8, Tile(8, 64, 128, 4, 4), "48 KiB ahead of the matrix unit, in each CTA"),
+    TileRow("attention_d128", _KV_FP8, (), 16, Tile(16, 64, 128, 4, 4), "two terms of 16 rows are an N of 32"),
+    TileRow("attention_d128", ("fp8",), (), ANY_NUMBER, Tile(32, 64, 128, 8, 3),
+            "four warps spill; 128 tokens spill with pages of 16 and a window"),
+    TileRow("attention_d128", ("fp8_row",), (), ANY_NUMBER, Tile(32, 128, 128, 8, 2),
+            "four warps spill; with eight each warpgroup has 64 tokens"),
+    *(TileRow("attention_d128", ("bf16",), ("sm_120",), limit, Tile(16, 64, 128, 4, 2),
+              "all four warps have tokens of their own; 40 KiB: two CTAs") for limit in _ROWS[1:]),
+    TileRow("attention_d128", ("bf16",), (), 16, Tile(16, 32, 128, 4, 4),
+            "warp instructions of 16 tokens: half the registers of a warpgroup's 64, and bytes bind either way"),
+    TileRow("attention_d128", ("bf16",), (), ANY_NUMBER, Tile(32, 32, 128, 4, 4), "64 tokens, or rows, spill"),
+    TileRow("attention_d128", _FP4, ("sm_120",), ANY_NUMBER, Tile(16, 64, 128, 4, 3), "42 KiB: two CTAs in 99"),
+    TileRow("attention_d128", _FP4, (), ANY_NUMBER, Tile(16, 64, 128, 4, 4), "32 rows spill with NVFP4"),
+    TileRow("attention_d256", ("bf16",), ("sm_120",), ANY_NUMBER, Tile(16, 64, 256, 4, 2), "77 KiB of 99"),
+    TileRow("attention_d256", _KV_FP8, ("sm_120",), ANY_NUMBER, Tile(8, 64, 256, 4, 3), "72 KiB of 99"),
+    TileRow("attention_d256", _FP4, ("sm_120",), ANY_NUMBER, Tile(16, 64, 256, 4, 3), "81 KiB of 99"),
+    TileRow("attention_d256", ("bf16", *_KV_FP8, *_FP4), (), ANY_NUMBER, Tile(16, 32, 256, 4, 3),
+            "64 tokens, or 32 rows, spill"),
+    TileRow("mla_attention", ("bf16",), ("sm_90",), 32, Tile(32, 64, 512, 8, 2),
+            "as 16 rows: warp instructions still take less time than the bytes"),
+    TileRow("mla_attention", ("bf16",), ("sm_90",), ANY_NUMBER, Tile(64, 64, 512, 8, 2),
+            "each warpgroup half the tokens, then half the channels: 224 KiB, 128 registers of output; a few bytes for "
+            "the epilogue spill; 32 tokens, which spill none, read the queries twice as often"),
+    TileRow("mla_attention", _KV_FP8, ("sm_90",), ANY_NUMBER, Tile(64, 64, 128, 8, 2),
+            "at most 7.3 instructions per value, where 16 rows, which transpose byte by byte, take 6 to 10; 128 "
+            "channels at a time become FP16, so that 255 registers nearly suffice: up to 104 bytes spill"),
+    TileRow("mla_attention", ("bf16",), ("sm_100", "sm_103"), ANY_NUMBER, Tile(32, 64, 512, 8, 2),
+            "64 rows of output leave no room in tensor memory for scores, and spill"),
+    TileRow("mla_attention", ("bf16",), (), 16, Tile(16, 64, 512, 8, 2),
+            "warp instructions of 16 rows; 92 KiB fit in the 99 of sm_120"),
+    TileRow("mla_attention", ("bf16",), (), ANY_NUMBER, Tile(16, 64, 512, 8, 2), "92 KiB fit in the 99 of sm_120"),
+    TileRow("mla_attention", _KV_FP8, (), ANY_NUMBER, Tile(16, 32, 512, 8, 2), "64 tokens, or 32 rows, spill"),
 )  # fmt: skip
 
 

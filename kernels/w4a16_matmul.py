@@ -26,7 +26,7 @@ from .tiles import Tile, find_tile
 
 
 @triton.jit
-def _mul_bf16x2(a, b):
+def mul_bf16x2(a, b):
     """Products of the two BF16 halves of int32 words."""
     return tl.inline_asm_elementwise(
         "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
@@ -34,17 +34,17 @@ def _mul_bf16x2(a, b):
 
 
 @triton.jit
-def _decode_e2m1_to_bf16(w, scale_0, scale_1):
+def decode_e2m1_to_bf16(w, scale_0, scale_1):
     """Four words of two BF16 each from a word of eight codes; scales are BF16 pairs times 2^126."""
     value_0 = w & -0x7E3F7E40  # 0x81C081C0: sign 15, exponent and mantissa 8:6 of both halves
     value_1 = (w << 3) & -0x7E3F7E40
     value_2 = ((w << 1) & -0x7FFF8000) | ((w >> 3) & 0x01C001C0)
     value_3 = ((w << 2) & -0x7FFF8000) | ((w << 6) & 0x01C001C0)
     return (
-        _mul_bf16x2(value_0, scale_0),
-        _mul_bf16x2(value_1, scale_1),
-        _mul_bf16x2(value_2, scale_0),
-        _mul_bf16x2(value_3, scale_1),
+        mul_bf16x2(value_0, scale_0),
+        mul_bf16x2(value_1, scale_1),
+        mul_bf16x2(value_2, scale_0),
+        mul_bf16x2(value_3, scale_1),
     )
 
 
@@ -84,7 +84,7 @@ def accumulate_w4a16(
             scale_1 = (scale >> 8) * SCALE_MUL + SCALE_ADD
             scale_0, _ = tl.broadcast(scale_0, w)
             scale_1, _ = tl.broadcast(scale_1, w)
-            value_0, value_1, value_2, value_3 = _decode_e2m1_to_bf16(w, scale_0, scale_1)
+            value_0, value_1, value_2, value_3 = decode_e2m1_to_bf16(w, scale_0, scale_1)
             pairs = tl.join(tl.join(value_0, value_1), tl.join(value_2, value_3))
             low, high = (pairs & 0xFFFF).to(tl.int16), (pairs >> 16).to(tl.int16)
             values = tl.join(low, high).to(tl.bfloat16, bitcast=True)

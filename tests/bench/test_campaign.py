@@ -131,6 +131,25 @@ def test_library_kernels_are_measured_alike(bench: Any) -> None:
     assert row.anchor is None
 
 
+def test_attention_is_measured_alike(bench: Any) -> None:
+    """The cache rotates out of L2 like weights; torch's attention beside it, where it has what is asked."""
+    shape = {"batch": 1, "length": 20, "num_heads": 2, "num_kv_heads": 1, "head_dim": 64, "window": 0, "q_len": 1,
+             "page_size": 16}  # fmt: skip
+    (kernel,) = find_kernels("attention", ["fp8"])
+    (outcome,) = bench(Target(kernel, tuple(shape.items()), ("somewhere",)))
+    assert outcome.record is not None
+    assert outcome.record.invalid == ()
+    assert outcome.record.point.l2_policy == "cold_weights"
+    assert outcome.record.measurement.anchor == "attention/bf16-bf16@torch.sdpa"
+    assert make_anchor(kernel, shape | {"q_len": 2}, 1 << 20, "cpu") is None
+    assert make_anchor(kernel, shape | {"window": 8}, 1 << 20, "cpu") is None
+    (peer,) = [peer for peer in PEERS if peer.library == "torch.sdpa"]
+    (outcome,) = bench(Target(peer, tuple(shape.items()), ("somewhere",)), has_anchor=False)
+    assert outcome.record is not None
+    assert outcome.record.invalid == ()
+    assert outcome.record.measurement.check.passed
+
+
 @pytest.mark.parametrize("op", QUANTIZE_OPS)
 def test_quantizers_are_measured_alike(bench: Any, op: str) -> None:
     """A dict of outputs, each poisoned and checked; no weights to rotate, no anchor, one format."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tokenfab.bench import sass
+from tokenfab.bench import sass, tool_logs
 
 
 def listing(body: str, function: str = "kernel", label: str = ".L") -> str:
@@ -345,6 +345,9 @@ def test_the_hot_loop_does_the_most_matrix_work() -> None:
     short, long = loop_of(10, large), loop_of(11, large)
     assert sass.hot_loop([long, short]) is long
     assert sass.hot_loop([short, long]) is long
+    ahead = sass.Loop(0, 9, 0, {"LDGSTS": 2}, large, 2)
+    assert sass.hot_loop([ahead, long]) is ahead  # the other one is for the tiles that need a mask
+    assert sass.hot_loop([ahead, sass.Loop(0, 8, 0, {"LDGSTS": 2}, {"HGMMA.64x256x16.F32.BF16": 3}, 2)]) is not ahead
 
 
 def test_without_matrix_work_the_hot_loop_loads_the_most() -> None:
@@ -480,12 +483,12 @@ Resource usage:
 
 
 def test_resource_usage() -> None:
-    usage = sass.resource_usage(USAGE, "kernel")
+    usage = tool_logs.resource_usage(USAGE, "kernel")
     assert {name: usage[name] for name in ("REG", "STACK", "SHARED", "LOCAL", "CONSTANT[0]")} == {
         "REG": 255, "STACK": 64, "SHARED": 1024, "LOCAL": 8, "CONSTANT[0]": 592,
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"^function: expected one in the resource usage; got 'kern'$"):
-        sass.resource_usage(USAGE, "kern")
+        tool_logs.resource_usage(USAGE, "kern")
 
 
 LOG = """
@@ -503,11 +506,11 @@ ptxas info    : Used 255 registers, used 1 barriers, 64 bytes cumulative stack s
 
 
 def test_spills_and_warnings_of_the_ptxas_log() -> None:
-    assert sass.spills(LOG, "kernel") == (68, 60)
-    assert sass.spills(LOG, "helper") == (1, 2)
-    assert sass.ptxas_warnings(LOG) == (
+    assert tool_logs.spills(LOG, "kernel") == (68, 60)
+    assert tool_logs.spills(LOG, "helper") == (1, 2)
+    assert tool_logs.ptxas_warnings(LOG) == (
         "Too many maxnreg specified for entry kernel, will be ignored",
         "(C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized",
     )
     with pytest.raises(ValueError, match=r"^log: expected the spills of 'kern'; got "):
-        sass.spills(LOG, "kern")
+        tool_logs.spills(LOG, "kern")

@@ -59,7 +59,9 @@ def test_copy_moves_what_it_says_and_rotates_all() -> None:
     for target in find_targets("copy", None, [], [], H100):
         assert target.l2_policy == "cold_all"
         assert target.kernel.work(target.shape).activation_bytes == 2 * target.shape["num_bytes"]
-    assert known_ops() == ["gemm", "moe", "quantize", "rms_norm_quantize", "swiglu_quantize", "copy"]
+    attention = ["attention", "mla", "rope_append", "mla_append"]
+    quantizers = ["quantize", "rms_norm_quantize", "swiglu_quantize"]
+    assert known_ops() == ["gemm", "moe", *attention, *quantizers, "copy"]
     assert known_ops()[-1] == COPY.op
 
 
@@ -67,6 +69,7 @@ def test_quantizers_stand_where_a_step_quantizes() -> None:
     targets = find_targets(None, None, ["deepseek-v3"], [64], H100)
     places = {(t.kernel.name, *t.shape.values()): t.places for t in targets if not t.kernel.weight}
     assert places == {
+        ("mla_append/fp8", 64, 128, 512, 64, 64): ("deepseek-v3 mla_append",),
         ("rms_norm_quantize/fp8_group", 64, 7168): ("deepseek-v3 attention_norm", "deepseek-v3 ffn_norm"),
         ("quantize/fp8_group", 64, 128 * 128): ("deepseek-v3 o_proj",),
         ("swiglu_quantize/fp8_group", 64, 18432): ("deepseek-v3 dense_swiglu",),
@@ -84,6 +87,27 @@ def test_quantizers_of_a_checkpoint_without_quantized_activations() -> None:
         expected = {f"{op}/{format}": {(rows, columns)} for format in formats}
         assert names(op, None, ["gpt-oss-120b"], [16], H100) == expected
     assert set(names("quantize", ["mxfp8"], ["qwen3-30b-a3b"], [1], H100)) == {"quantize/mxfp8"}
+
+
+def test_attention_at_the_models_shapes_and_the_compared_ones() -> None:
+    """gpt-oss: half of its layers have a window; its heads, and Qwen's; KV in the checkpoint's own format."""
+    found = names("attention", None, ["gpt-oss-120b", "qwen3-30b-a3b"], [16, 512], H100, contexts=[1024, 1 << 20])
+    own = {f"attention/{kv}-bf16" for kv in ("bf16", "fp8", "fp8_row", "mxfp4", "nvfp4")}
+    assert set(found) == own | {"attention/bf16-bf16@torch.sdpa"}
+    assert all(window == 0 and q_len == 1 for *_, window, q_len, _ in found["attention/bf16-bf16@torch.sdpa"])
+    shapes = found["attention/fp8-bf16"]
+    assert {(16, 1024, 64, 8, 64, 128, 1, 64), (16, 1024, 64, 8, 64, 0, 1, 64)} <= shapes
+    assert {(16, 131072, 64, 8, 64, 0, 1, 64), (16, 40960, 32, 4, 128, 0, 1, 64)} <= shapes  # the models' longest
+    compared = {(16, 8192, 64, 8, 128, 0, 1, 64), (16, 8192, 64, 8, 128, 0, 4, 64), (128, 2048, 32, 8, 128, 0, 1, 64)}
+    assert compared <= shapes
+    assert not any(shape[0] > 256 for shape in shapes)
+    assert (256, 131072, 64, 8, 64, 0, 1, 64) not in names("attention", ["bf16"], ["gpt-oss-120b"], [256], H100)[
+        "attention/bf16-bf16"
+    ]  # 69 GB of one layer's cache
+    latent = names("mla", None, ["deepseek-v3"], [64], H100, contexts=[8192])
+    assert latent["mla/fp8-bf16"] >= {(64, 8192, 128, 512, 64, 1, 64), (32, 32768, 128, 512, 64, 1, 64)}
+    assert all(t.l2_policy == "cold_weights" for t in find_targets("attention", None, ["gpt-oss-120b"], [16], H100))
+    assert set(names("rope_append", ["fp8"], ["gpt-oss-120b"], [16], H100)["rope_append/fp8"]) == {(16, 64, 8, 64, 64)}
 
 
 def test_experts_have_activations_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "support" / "launch_without_gpu.py"
 ROUTE = ["_route_kernel", "_schedule_kernel"]
+PLANNED, COMBINED = ["_plan_kernel"], ["_combine_parts_kernel"]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,16 @@ def test_dense_matmuls(launches: dict[str, list[list[str]]]) -> None:
     assert launches["gemm/mxfp4-bf16"] == [["_w4a16_kernel"]] * 2
     assert launches["gemm/mxfp4-fp8_group"] == [["_w4a8_kernel"]] * 2
     assert launches["gemm/mxfp4-mxfp8"] == [["_block_scaled_kernel"]] * 2
+
+
+def test_attention_and_its_cache(launches: dict[str, list[list[str]]]) -> None:
+    """The plan is made with the activations, once for all layers of a step."""
+    for format in ("bf16", "fp8", "fp8_row", "mxfp4", "nvfp4"):
+        assert launches[f"attention/{format}-bf16"] == [[*PLANNED, "_paged_attention_kernel", *COMBINED]] * 2
+        assert launches[f"rope_append/{format}"] == [["_append_kv_kernel"]]
+    for format in ("bf16", "fp8", "fp8_row"):
+        assert launches[f"mla/{format}-bf16"] == [[*PLANNED, "_mla_attention_kernel", *COMBINED]] * 2
+        assert launches[f"mla_append/{format}"] == [["_append_mla_kernel"]] * 2
 
 
 def test_expert_layers_take_few_launches(launches: dict[str, list[list[str]]]) -> None:

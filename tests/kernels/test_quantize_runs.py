@@ -12,11 +12,12 @@ import pytest
 import torch
 from tokenfab.kernels import codec
 from tokenfab.kernels.formats import get_format
+from tokenfab.kernels.quantize_points import QUANTIZE_OPS
 from tokenfab.kernels.quantize_runs import EPS, GLOBAL_SCALE
 from tokenfab.kernels.reference import Quantized, error, rms_norm_ref
 from tokenfab.kernels.registry import KERNELS, Kernel, Work, find_kernels
 
-QUANTIZERS = [kernel for kernel in KERNELS if not kernel.weight]
+QUANTIZERS = [kernel for kernel in KERNELS if kernel.op in QUANTIZE_OPS]
 SIZES = [(1, 32), (3, 160), (17, 1184), (2, 2880), (2, 4096 + 160)]
 ODD_SIZES = [(5, 33), (2, 1185)]  # where no block must divide
 CASES = [

@@ -1,6 +1,6 @@
 """Kernels launched through their wrappers as on a GPU, up to and with compilation, on a machine without one.
 
-``python launch_without_gpu.py sm_90`` runs every matmul and expert layer of the registry with Triton's own launcher,
+``python launch_without_gpu.py sm_90`` runs all but the quantizers of the registry with Triton's own launcher,
 not the interpreter: it binds arguments, specialises and compiles, and stops before the launch. Prints one JSON line
 per kernel: its name, the kernels that it launched in order, and what went wrong.
 
@@ -21,7 +21,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
+OPS = ("gemm", "moe", "attention", "mla", "rope_append", "mla_append")
+
 MODULES = (
+    "attention_plan", "kv_append", "mla_append", "mla_attention", "paged_attention",
     "block_scaled_matmul", "fp8_matmul", "grouped_block_scaled", "grouped_experts", "grouped_fp4", "grouped_matmul",
     "grouped_parts", "matmul_runs", "moe_schedule", "quantize", "routing", "split_k", "w4a16_matmul", "w4a8_matmul",
 )  # fmt: skip
@@ -62,6 +65,15 @@ class Compiling:
 def shapes_of(op: str) -> list[dict[str, int]]:
     if op == "gemm":
         return [{"m": m, "n": 256, "k": 512} for m in (5, 100)]
+    if op == "attention":
+        sizes = {"batch": 2, "length": 100, "num_heads": 8, "num_kv_heads": 2, "page_size": 16}
+        wide = {"head_dim": 64, "window": 40, "q_len": 4, "page_size": 128}
+        return [sizes | {"head_dim": 128, "window": 0, "q_len": 1}, sizes | wide]
+    if op == "rope_append":
+        return [{"num_tokens": 5, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "page_size": 16}]
+    if op in ("mla", "mla_append"):
+        sizes = {"num_heads": 16, "kv_lora_rank": 512, "rope_dim": 64, "page_size": 64}
+        return [sizes | {"num_tokens": 5, "batch": 2, "length": 100, "q_len": q_len} for q_len in (1, 2)]
     sizes = {"hidden": 256, "inter": 256, "top_k": 2, "num_experts": 4, "ep": 2, "load": 0}
     return [sizes | {"num_tokens": 9}]
 
@@ -77,7 +89,7 @@ def main(arch: str) -> None:
                 setattr(module, attribute, Compiling(value))
         if hasattr(module, "arch_of"):
             setattr(module, "arch_of", lambda device: arch)  # noqa: B010
-    for kernel in (*find_kernels("gemm"), *find_kernels("moe")):
+    for kernel in (kernel for op in OPS for kernel in find_kernels(op)):
         if kernel.min_capability > int(arch.removeprefix("sm_")):
             continue
         for shape in shapes_of(kernel.op):
