@@ -164,8 +164,9 @@ class AttentionPlan:
     num_parts: int
 
 
-def num_plan_programs(num_kv_heads: int, device: torch.device, ctas_per_sm: int = 2) -> int:
-    """Programs per KV head (or block of heads), so that all heads' fill the device once."""
+def num_plan_programs(num_kv_heads: int, device: torch.device, num_warps: int) -> int:
+    """Programs per KV head (or block of heads), so that all heads' fill the device once: eight warps per SM."""
+    ctas_per_sm = max(1, 8 // num_warps)
     return max(1, ctas_per_sm * num_multiprocessors(device) // num_kv_heads)
 
 

@@ -39,8 +39,8 @@ MAX_INSTRUCTIONS = {"fp8": 4.4, "fp8_row": 4.4, "mxfp4": 6.2, "nvfp4": 6.2}
 """SASS instructions per value of K and V on sm_90, with the fewest rows and head dim 128: half of what an H100 can
 issue per FP8 value at full bandwidth (8.8), and for FP4 what an H200 can (6.2)."""
 
-SCORED_TWICE = {("sm_120", 32, 4), ("sm_90", 64, 8)}
-"""Architecture, tokens and warps with which two warps (or warpgroups) compute the scores of the same tokens."""
+SCORED_TWICE = {("sm_120", 32, 4)}
+"""Architecture, tokens and warps with which two warps compute the scores of the same tokens."""
 
 
 def _expected(format: str, arch: str, tokens: int) -> str:
@@ -88,7 +88,8 @@ def _row_points(row: TileRow, format: str) -> Iterator[CompilePoint]:
     for arch in used_on(row, format, COMPILED_ARCHS):
         yield _point(row, format, arch, 64, is_prefix=False)
         if arch == "sm_90":
-            yield _point(row, format, arch, 16, is_prefix=False)
+            if row.tile.block_m <= 16:
+                yield _point(row, format, arch, 16, is_prefix=False)
             if row.max_tokens == ANY_NUMBER and row.kernel == "attention_d128":
                 yield _point(row, format, arch, 64, is_prefix=True)
 

@@ -117,7 +117,7 @@ class PagedAttention:
         """(tile, programs per KV head)."""
         rows = heads // kv_heads * q_len
         tile = choose_attention_tile(head_dim, self.format, rows, arch_of(device))
-        return tile, num_plan_programs(kv_heads * -(-rows // tile.block_m), device)
+        return tile, num_plan_programs(kv_heads * -(-rows // tile.block_m), device, tile.num_warps)
 
     def make_output(self, shape: Shape, device: Any) -> torch.Tensor:
         rows = shape["batch"] * shape["q_len"]

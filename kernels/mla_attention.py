@@ -283,7 +283,7 @@ def mla_attention(
         good = lengths.shape == (batch,) and lengths.dtype == torch.int32 and lengths.device == device
         require(good, "lengths", f"int32 ({batch},) on {device}", f"{seen(lengths)} on {lengths.device}")
         plan = plan_attention(
-            lengths, num_plan_programs(row_blocks, device, ctas_per_sm=1), tile.block_n, q_len=q_len,
+            lengths, num_plan_programs(row_blocks, device, tile.num_warps), tile.block_n, q_len=q_len,
             split_tokens=split_tokens, max_length=page_table.shape[1] * layout.page_size if split_tokens else None,
         )  # fmt: skip
     asked = (batch, tile.block_n, q_len, None)

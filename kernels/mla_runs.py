@@ -97,7 +97,7 @@ class MlaAttention:
     def _sizes(self, rows: int, device: torch.device) -> tuple[Tile, int]:
         """(tile, programs) of a plan."""
         tile = choose_mla_tile(self.format, rows, arch_of(device))
-        return tile, num_plan_programs(-(-rows // tile.block_m), device, ctas_per_sm=1)
+        return tile, num_plan_programs(-(-rows // tile.block_m), device, tile.num_warps)
 
     def launch(self, weights: Buffers, activations: Buffers, output: torch.Tensor) -> None:
         q, lengths = activations["q"], activations["lengths"]

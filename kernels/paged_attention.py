@@ -312,9 +312,10 @@ def paged_attention(
     if plan is None:
         require(lengths.device == device, "lengths", f"device {device}", lengths.device)
         require(lengths.shape == (batch,), "lengths", f"int32 ({batch},)", seen(lengths))
+        programs = num_plan_programs(kv_heads * row_blocks, device, tile.num_warps)
         plan = plan_attention(
-            lengths, num_plan_programs(kv_heads * row_blocks, device), tile.block_n, q_len=q_len, window=window,
-            split_tokens=split_tokens, max_length=page_table.shape[1] * layout.page_size if split_tokens else None,
+            lengths, programs, tile.block_n, q_len=q_len, window=window, split_tokens=split_tokens,
+            max_length=page_table.shape[1] * layout.page_size if split_tokens else None,
         )  # fmt: skip
     asked = (batch, tile.block_n, q_len, window)
     got = (plan.batch, plan.block_n, plan.q_len, plan.window)
