@@ -4,7 +4,7 @@ Math:    s[r, t] = scale (q[r, :kv_lora_rank] . latent[t] + q[r, kv_lora_rank:] 
          o[r] = sum_t p[r, t] latent[t]; lse[r] = log(sum_t exp(s[r, t])). Query token i of q_len of a sequence of
          length L sees tokens t <= L - q_len + i.
 Shapes:  q (B q_len, H, kv_lora_rank + rope_dim) BF16: the query absorbed into the latent's basis, its rotated part
-         behind it; tokens of any stride. cache as in ``kv_layout.py``; page_table (B, max_pages) int32;
+         behind it; contiguous. cache as in ``kv_layout.py``; page_table (B, max_pages) int32;
          o (B q_len, H, kv_lora_rank) BF16; lse (B q_len, H) float32, natural.
 Layout:  heads and query tokens are the rows (M side) of both products, since they share one latent. A tile of tokens
          lies in shared memory once and serves both: as keys, and, read across, as values.

@@ -17,8 +17,8 @@ Accuracy: BF16: that of a BF16 matmul with float32 scores. FP8: E4M3 keys and va
          One sum over tokens per tile, in float32 between tiles. How a sequence is cut changes the last bits (float32
          partial results merged by LSE); in batch-invariant mode the cut depends on the sequence alone, so do the bits.
 Edges:   no visible token: o 0, lse -inf (with a sink o 0, lse the sink). Page table entries beyond a length, tokens of
-         a page beyond it, pages before a window are never used. NaN in a stored token, or a query that is not finite:
-         NaN in the rows that see it, no others.
+         a page beyond it, pages before a window are never used. NaN in a stored key, or a query that is not finite:
+         NaN in the rows that see it, no others; in a stored value: in all rows of its sequence and head (0 x NaN).
 Errors:  ``ValueError`` before any launch, naming argument, expected, got. Page ids are not checked (``check_pages``).
 Capture: two launches beside the plan's: pieces, and their sums (``attention_plan.py``).
 Source:  Dao et al. 2023 (Flash-Decoding), Ye et al. 2025 (FlashInfer), gpt-oss (sinks); the swap of operands follows
