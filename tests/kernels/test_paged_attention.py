@@ -89,6 +89,7 @@ CASES = [
     ("many rows", {"heads": 16, "kv_heads": 1, "q_len": 5}, [90], {"q_len": 5}),
     ("window", {"q_len": 2}, [260, 33, 5], {"q_len": 2, "window": 40}),
     ("capped", {}, [70, 300], {"soft_cap": 3.0, "scale": 0.2}),
+    ("five heads each", {"heads": 10, "q_len": 3}, [70], {"q_len": 3}),
     ("one head each", {"heads": 3, "kv_heads": 3}, [70], {}),
     ("prefix", {"q_len": 2}, [100], {"q_len": 2, "is_causal": False}),
     ("pieces", {}, [300, 64, 65, 0], {"split_tokens": 64}),
