@@ -308,7 +308,7 @@ def test_bench_lists_its_points_without_a_gpu() -> None:
     [
         (("inspect", "gemm", "--format", "int4"), "format: expected one of fp8-fp8"),
         (("inspect", "gemm", "--arch", "sm_80"), "archs: expected some of sm_90"),
-        (("inspect", "attention"), "op: expected one of gemm"),
+        (("inspect", "attend"), "op: expected one of gemm"),
         (("bench", "--list"), "gpu: expected --gpu NAME with --list; got none"),
         (("bench", "gemm", "--list", "--gpu", "h900"), "gpu: expected one of"),
         (("bench", "gemm", "--batch", "x"), "batches: invalid literal"),
@@ -361,8 +361,8 @@ def test_bench_runs_each_pass_in_a_process_of_its_own(monkeypatch: pytest.Monkey
     monkeypatch.setattr(cuda_device, "CudaDevice", Device)
     monkeypatch.setattr(kernel_commands.subprocess, "run", record)
     out = str(tmp_path / "records")
-    asked = ["gemm", "--model", "deepseek-v3", "--format", "fp8_block", "--batch", "1,64", "--gpu", "h200",
-             "--budget", "3.0", "--no-energy", "--out", out]  # fmt: skip
+    asked = ["gemm", "--model", "deepseek-v3", "--format", "fp8_block", "--batch", "1,64", "--context", "2048",
+             "--gpu", "h200", "--budget", "3.0", "--no-energy", "--out", out]  # fmt: skip
     result = run("bench", *asked, "--processes", "2")
     assert result.exit_code == 0, result.output
     assert [command[1:4] for command in commands] == [["-m", "tokenfab", "bench"]] * 2
