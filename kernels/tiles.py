@@ -2,7 +2,8 @@
 
 A row without architectures is the default of its kernel and formats, safe in shared memory and registers on every
 architecture that has no row of its own for so many tokens. Every row compiles
-without spills wherever ``find_tile`` returns it (``matmul_points.py`` inspects all of them). Standard library only.
+without spills wherever ``find_tile`` returns it, but MLA's of 64 rows (the ``*_points.py`` inspect all of them).
+Standard library only.
 
 Blackwell's block-scaled instructions want 128 rows on the M side of the instruction, which is the weights up to 64
 tokens and the tokens beyond: with fewer, Triton widens both sides to BF16, or aborts (NVFP4, 3.6.0).
