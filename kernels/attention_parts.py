@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-_NO_LIMIT = tl.constexpr(1 << 30)
 
 
 @triton.jit

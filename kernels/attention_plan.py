@@ -229,6 +229,20 @@ def empty_parts(plan: AttentionPlan, num_heads: int, head_dim: int) -> Parts:
     return Parts(torch.empty(*shape, head_dim, device=device), torch.empty(shape, device=device))
 
 
+def check_plan(
+    plan: AttentionPlan, batch: int, block_n: int, q_len: int, window: int | None, split_tokens: int | None
+) -> None:
+    """That a plan was made for this call.
+
+    Raises:
+        ValueError: naming ``plan``.
+    """
+    asked, got = (batch, block_n, q_len, window), (plan.batch, plan.block_n, plan.q_len, plan.window)
+    require(got == asked, "plan", f"(batch, block_n, q_len, window) = {asked}", got)
+    good = split_tokens is None or plan.split_tiles * plan.block_n == split_tokens
+    require(good, "plan", f"pieces of {split_tokens} tokens", plan.split_tiles * plan.block_n)
+
+
 def combine_parts(
     parts: Parts, plan: AttentionPlan, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None
 ) -> None:

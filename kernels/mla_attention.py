@@ -37,6 +37,7 @@ from .attention_plan import (
     SEQUENCE_FIELDS,
     AttentionPlan,
     Parts,
+    check_plan,
     combine_parts,
     num_plan_programs,
     plan_attention,
@@ -286,11 +287,7 @@ def mla_attention(
             lengths, num_plan_programs(row_blocks, device, tile.num_warps), tile.block_n, q_len=q_len,
             split_tokens=split_tokens, max_length=page_table.shape[1] * layout.page_size if split_tokens else None,
         )  # fmt: skip
-    asked = (batch, tile.block_n, q_len, None)
-    got = (plan.batch, plan.block_n, plan.q_len, plan.window)
-    require(got == asked, "plan", f"(batch, block_n, q_len, window) = {asked}", got)
-    good = split_tokens is None or plan.split_tiles * plan.block_n == split_tokens
-    require(good, "plan", f"pieces of {split_tokens} tokens", plan.split_tiles * plan.block_n)
+    check_plan(plan, batch, tile.block_n, q_len, None, split_tokens)
     out, lse = check_outputs(q, rank, out, lse)
     parts = check_parts(parts, plan, heads, rank)
     codes = torch.bfloat16 if layout.format == "bf16" else torch.float8_e4m3fn

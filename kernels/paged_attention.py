@@ -51,6 +51,7 @@ from .attention_plan import (
     SEQUENCE_FIELDS,
     AttentionPlan,
     Parts,
+    check_plan,
     combine_parts,
     empty_parts,
     finish,
@@ -317,11 +318,7 @@ def paged_attention(
             lengths, programs, tile.block_n, q_len=q_len, window=window, split_tokens=split_tokens,
             max_length=page_table.shape[1] * layout.page_size if split_tokens else None,
         )  # fmt: skip
-    asked = (batch, tile.block_n, q_len, window)
-    got = (plan.batch, plan.block_n, plan.q_len, plan.window)
-    require(got == asked, "plan", f"(batch, block_n, q_len, window) = {asked}", got)
-    good = split_tokens is None or plan.split_tiles * plan.block_n == split_tokens
-    require(good, "plan", f"pieces of {split_tokens} tokens", plan.split_tiles * plan.block_n)
+    check_plan(plan, batch, tile.block_n, q_len, window, split_tokens)
     out, lse = check_outputs(q, layout.head_dim, out, lse)
     parts = check_parts(parts, plan, heads, layout.head_dim)
     _paged_attention_kernel[(plan.num_programs, kv_heads, row_blocks)](

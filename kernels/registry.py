@@ -220,7 +220,10 @@ def _quantizers(op: str, runnable: str, title: str, sources: str) -> list[Kernel
 
 def _attention(format: str) -> Kernel:
     """Its "weights" are the cache: what a step finds out of L2. From 8.9: the first that has E4M3."""
-    files = "paged_attention attention_plan attention_parts attention_fp4 kv_cache kv_layout tiles w4a16_matmul"
+    files = (
+        "paged_attention attention_plan attention_points attention_parts attention_fp4 kv_cache kv_layout tiles "
+        "w4a16_matmul"
+    )
     return Kernel(
         "attention", format, "bf16", f"paged GQA decode, K and V in {get_format(format).title}",
         tuple(f"{name}.py" for name in files.split()), ".attention_runs:PagedAttention",
@@ -229,7 +232,7 @@ def _attention(format: str) -> Kernel:
 
 
 def _mla(format: str) -> Kernel:
-    files = "mla_attention attention_plan attention_parts kv_cache kv_layout tiles paged_attention"
+    files = "mla_attention mla_points attention_plan attention_parts kv_cache kv_layout tiles paged_attention"
     return Kernel(
         "mla", format, "bf16", f"paged MLA decode, latent in {get_format(format).title}",
         tuple(f"{name}.py" for name in files.split()), ".mla_runs:MlaAttention",
@@ -238,7 +241,8 @@ def _mla(format: str) -> Kernel:
 
 
 def _append(op: str, runnable: str, title: str, format: str) -> Kernel:
-    files = f"{'kv' if op == 'rope_append' else 'mla'}_append append_tiles kv_append kv_cache kv_layout quantize"
+    own = "kv_append" if op == "rope_append" else "mla_append"
+    files = f"{own} append_tiles kv_append kv_cache kv_layout quantize quantize_tiles"
     return Kernel(
         op, "", format, f"{title} in {get_format(format).title}",
         tuple(dict.fromkeys(f"{name}.py" for name in files.split())), f".append_runs:{runnable}",

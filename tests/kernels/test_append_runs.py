@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect as python
 from typing import Any
 
 import pytest
 import torch
+from recorder import Recorder
 from tokenfab.bench.inspect import inspect
 from tokenfab.kernels import kv_append, mla_append
 from tokenfab.kernels.append_points import COMPILED_ARCHS, MLA_WIDTHS, append_points, append_work
@@ -140,22 +140,6 @@ def test_every_format_is_compiled() -> None:
     gqa = {("rope_append", format) for format in KV_FORMATS}
     assert seen == gqa | {("mla_append", format) for format in MLA_FORMATS}
     assert len({point.name for point in POINTS}) == len(POINTS)
-
-
-class Recorder:
-    """Stands where a kernel is, and keeps the arguments of its last launch."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.signature = python.signature(kernel.fn)
-        self.arguments: dict[str, Any] = {}
-        self.options: dict[str, Any] = {}
-
-    def __getitem__(self, grid: Any) -> Any:
-        def launch(*args: Any, **options: Any) -> None:
-            named = {name: options.pop(name) for name in self.signature.parameters if name in options}
-            self.arguments, self.options = self.signature.bind(*args, **named).arguments, options
-
-        return launch
 
 
 def call(point: CompilePoint) -> None:

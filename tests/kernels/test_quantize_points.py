@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect as python
-from typing import Any
 
 import pytest
 import torch
+from recorder import Recorder
 from tokenfab.bench.inspect import inspect
 from tokenfab.kernels.compile_point import CONSTEXPR, CompilePoint
 from tokenfab.kernels.fused_quantize import rms_norm_quantize, swiglu_quantize
@@ -43,22 +43,6 @@ def test_every_kernel_has_a_point_with_its_arguments() -> None:
         seen.add(point.function)
     modules = [importlib.import_module(f"tokenfab.kernels.{name}") for name in ("quantize", "fused_quantize")]
     assert seen == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-
-
-class Recorder:
-    """Stands where a kernel is, and keeps the arguments of its last launch."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.signature = python.signature(kernel.fn)
-        self.arguments: dict[str, Any] = {}
-        self.options: dict[str, Any] = {}
-
-    def __getitem__(self, grid: Any) -> Any:
-        def launch(*args: Any, **options: Any) -> None:
-            named = {name: options.pop(name) for name in self.signature.parameters if name in options}
-            self.arguments, self.options = self.signature.bind(*args, **named).arguments, options
-
-        return launch
 
 
 def call(point: CompilePoint) -> None:
