@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from . import __version__
-from .cli import Group, combined, comma, json_option, path_type, print_json, show
-from .kernel_commands import bench, inspect
+from .commands.kernels import bench, inspect
+from .commands.shared import Group, combined, comma, json_option, path_type, print_json, show
 
 # Rooms are imported inside the commands: `tokenfab models` must not wait for pyarrow or plotly.
 

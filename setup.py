@@ -28,6 +28,7 @@ TEST = [
     "playwright>=1.45",
     "pytest>=8.3",
     "pytest-benchmark>=5.3.1",
+    "pytest-xdist>=3.6",
     "ruff>=0.12",
     "setuptools>=70.1",
     "torchao>=0.18",
@@ -39,7 +40,7 @@ setup(
     version=VERSION,
     description="What one GPU kernel contributes to the price of a token",
     python_requires=">=3.11",
-    packages=["tokenfab", "tokenfab.kernels", "tokenfab.bench", "tokenfab.costing"],
+    packages=["tokenfab", "tokenfab.commands", "tokenfab.kernels", "tokenfab.bench", "tokenfab.costing"],
     package_dir={"tokenfab": "."},
     package_data={"tokenfab.bench": ["models/*.json"], "tokenfab.costing": ["prices.toml", "report.html"]},
     install_requires=[

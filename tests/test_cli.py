@@ -343,9 +343,9 @@ def test_bench_never_times_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_bench_runs_each_pass_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from tokenfab import kernel_commands
     from tokenfab.bench import cuda_device
     from tokenfab.bench.device import DeviceProperties
+    from tokenfab.commands import kernels as kernel_commands
 
     class Device:
         properties = DeviceProperties(

@@ -28,7 +28,7 @@ class Group(click.Group):
         except ValueError as error:
             raise UserError(str(error)) from error
         except RuntimeError as error:
-            from .bench.device import DeviceError
+            from ..bench.device import DeviceError
 
             if isinstance(error, DeviceError):
                 raise UserError(str(error)) from error
@@ -83,7 +83,7 @@ def show(
     if as_json:
         print_json(data())
         return
-    from .bench.tables import console
+    from ..bench.tables import console
 
     out = console()
     out.print(table())

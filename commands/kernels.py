@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from .bench.peers import COPY
-from .cli import UserError, comma, json_option, path_type, print_json, show
-from .kernels.registry import OPS
+from ..bench.peers import COPY
+from ..kernels.registry import OPS
+from .shared import UserError, comma, json_option, path_type, print_json, show
 
 format_option = comma(
     "--format", "formats", "WEIGHT-ACTIVATION (mxfp4-bf16), a weight format (mxfp4), or of a quantizer its result's."
@@ -48,11 +48,11 @@ def inspect(
       tokenfab inspect gemm --arch sm_90 --format mxfp4
       tokenfab inspect --json > inspect.json
     """
-    from .bench.gpus import get_gpu
-    from .bench.inspect import document, rows
-    from .bench.inspect import inspect as inspect_points
-    from .bench.kernel_tables import inspection_table
-    from .kernels.registry import find_points
+    from ..bench.gpus import get_gpu
+    from ..bench.inspect import document, rows
+    from ..bench.inspect import inspect as inspect_points
+    from ..bench.kernel_tables import inspection_table
+    from ..kernels.registry import find_points
 
     chosen = [get_gpu(name) for name in gpus]
     points = find_points(op, formats)
@@ -110,9 +110,9 @@ def bench(
       tokenfab bench gemm --model deepseek-v3 --format fp8_block --batch 1,64
       tokenfab bench --list --gpu h100
     """
-    from .bench.gpus import get_gpu
-    from .bench.kernel_tables import summaries_table, targets_table
-    from .bench.targets import find_targets
+    from ..bench.gpus import get_gpu
+    from ..bench.kernel_tables import summaries_table, targets_table
+    from ..bench.targets import find_targets
 
     if only_list:
         if gpu is None:
@@ -121,11 +121,11 @@ def bench(
         listed = [{"kernel": t.kernel.name, **t.shape, "places": t.places, "l2_policy": t.l2_policy} for t in targets]
         show(as_json, lambda: listed, lambda: targets_table(targets))
         return
-    from .bench.campaign import gpu_of, run_targets, summaries
-    from .bench.cuda_device import CudaDevice
-    from .bench.device import NoGpu
-    from .bench.measurement import Settings
-    from .bench.records import RecordStore
+    from ..bench.campaign import gpu_of, run_targets, summaries
+    from ..bench.cuda_device import CudaDevice
+    from ..bench.device import NoGpu
+    from ..bench.measurement import Settings
+    from ..bench.records import RecordStore
 
     try:
         device = CudaDevice()
