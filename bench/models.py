@@ -294,7 +294,7 @@ def model_from_config(text: str | bytes, name: str) -> ModelConfig:
         raw: Any = msgspec.json.decode(text, type=ARCHITECTURES[known[0]])
         raw = raw.text() if isinstance(raw, _Llama4) else raw
         layers = raw.layers()
-    except (msgspec.MsgspecError, ValueError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ValueError(f"model {name}: {error}") from None
     return ModelConfig(
         name=name,

@@ -5,6 +5,7 @@ A price is a dated fact with a source and a tier, never a constant; a missing on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -76,7 +77,7 @@ class PriceBook:
             raw = msgspec.toml.decode(path.read_bytes(), type=_File)
         except OSError as error:
             raise ValueError(f"prices: cannot read {path}: {error.strerror}") from None
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"prices: {path}: {error}") from None
         if raw.schema_version != 1:
             raise ValueError(f"prices: {path}: schema_version: expected 1; got {raw.schema_version}")
@@ -121,6 +122,21 @@ class PriceBook:
             f"price: no {wanted} price for {gpu}; known: {', '.join(known) or 'none'}. Give --usd-per-gpu-hour, "
             "or add a row to a price file and pass it with --prices"
         )
+
+
+def price_lookup(
+    usd_per_gpu_hour: float | None = None, tier: str = DEFAULT_TIER, book: str | None = None,
+    price_file: Path | None = None,
+) -> Callable[[str], Price]:  # fmt: skip
+    """A GPU's name to its price: the stated one, or the book's.
+
+    Raises:
+        ValueError: an unreadable price file now; a missing price when it is asked for.
+    """
+    if usd_per_gpu_hour is not None:
+        return lambda gpu: stated_price(gpu, usd_per_gpu_hour)
+    prices = PriceBook.read(price_file)
+    return lambda gpu: prices.look_up(gpu, tier, book)
 
 
 def stated_price(gpu: str, usd_per_gpu_hour: float) -> Price:

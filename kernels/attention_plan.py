@@ -239,6 +239,7 @@ def check_plan(
     """
     asked, got = (batch, block_n, q_len, window), (plan.batch, plan.block_n, plan.q_len, plan.window)
     require(got == asked, "plan", f"(batch, block_n, q_len, window) = {asked}", got)
+    require(plan.table.is_contiguous(), "plan", "a contiguous table", f"stride {plan.table.stride()}")
     good = split_tokens is None or plan.split_tiles * plan.block_n == split_tokens
     require(good, "plan", f"pieces of {split_tokens} tokens", plan.split_tiles * plan.block_n)
 

@@ -63,6 +63,11 @@ class Fp4Weight:
     num_rows: int
     num_columns: int
 
+    def __post_init__(self) -> None:
+        for name in ("words", "scales"):
+            part = getattr(self, name)
+            require(part.is_contiguous(), name, "contiguous", f"stride {part.stride()}")
+
     @property
     def num_bytes(self) -> int:
         """Bytes a matmul reads."""

@@ -73,7 +73,13 @@ def _check_parts(pages: torch.Tensor, factors: torch.Tensor, record_bytes: int, 
     require(good, "pages", f"contiguous uint8 (num_pages, heads, {record_bytes})", seen(pages))
     require(pages.data_ptr() % 16 == 0, "pages", "16-byte alignment", pages.data_ptr() % 16)
     good = factors.dtype == torch.float32 and tuple(factors.shape) == (num_factors,) and factors.device == pages.device
-    require(good, "factors", f"float32 ({num_factors},) on {pages.device}", f"{seen(factors)} on {factors.device}")
+    good = good and factors.is_contiguous()
+    require(
+        good,
+        "factors",
+        f"contiguous float32 ({num_factors},) on {pages.device}",
+        f"{seen(factors)} on {factors.device}",
+    )
 
 
 def empty_kv_cache(

@@ -61,6 +61,11 @@ class W4A8Weight:
     num_columns: int
     num_rounded: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("words", "scales", "base"):
+            part = getattr(self, name)
+            require(part.is_contiguous(), name, "contiguous", f"stride {part.stride()}")
+
     @property
     def has_group_base(self) -> bool:
         """Whether every 128 input channels have their own base."""

@@ -110,7 +110,9 @@ def close(got: torch.Tensor, expected: torch.Tensor, relative: float = 4e-6) -> 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 @pytest.mark.parametrize(("tokens", "block_m"), [(1, 16), (7, 16), (41, 32), (80, 64)])
-def test_gate_up_sums_are_exact(pair: tuple[str, str, str], tokens: int, block_m: int, device: torch.device) -> None:
+def test_r11_gate_up_sums_are_exact(
+    pair: tuple[str, str, str], tokens: int, block_m: int, device: torch.device
+) -> None:
     """Sums are exact on these inputs: only the sigmoid is rounded. 96 channels and 160 columns divide no tile."""
     experts = make_experts(pair, 2 * INTER, HIDDEN, is_gated=True, device=device)
     x, values = make_x(pair[1], tokens, HIDDEN, tokens, device)
@@ -122,7 +124,7 @@ def test_gate_up_sums_are_exact(pair: tuple[str, str, str], tokens: int, block_m
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 @pytest.mark.parametrize(("tokens", "block_m"), [(1, 16), (7, 16), (41, 32), (80, 64)])
-def test_down_is_exact(pair: tuple[str, str, str], tokens: int, block_m: int, device: torch.device) -> None:
+def test_r11_down_is_exact(pair: tuple[str, str, str], tokens: int, block_m: int, device: torch.device) -> None:
     experts = make_experts(pair, HIDDEN + 3, INTER, is_gated=False, device=device)
     h, values = make_x(pair[1], tokens * TOP_K, INTER, tokens, device)
     ids = random_ids(tokens, seed=tokens)
@@ -166,7 +168,7 @@ LOADS = {
 
 @pytest.mark.parametrize("ids", LOADS.values(), ids=LOADS)
 @pytest.mark.parametrize("pair", [BF16, ("mxfp4", "bf16", "w4a16"), ("fp8_block", "fp8_group", "stored")], ids="-".join)
-def test_edges_of_routing(pair: tuple[str, str, str], ids: torch.Tensor, device: torch.device) -> None:
+def test_r05_edges_of_routing(pair: tuple[str, str, str], ids: torch.Tensor, device: torch.device) -> None:
     """Rows of no expert stay poisoned in h and y, and add nothing to a token."""
     tokens, top_k = ids.shape
     upper = make_experts(pair, 2 * INTER, HIDDEN, is_gated=True, device=device)
@@ -189,7 +191,7 @@ def test_edges_of_routing(pair: tuple[str, str, str], ids: torch.Tensor, device:
 
 @pytest.mark.parametrize("pair", [p for p in PAIRS if p[1] not in ("mxfp4", "nvfp4")], ids="-".join)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_nan_in_a_token_reaches_its_own_rows_only(
+def test_r09_nan_in_a_token_reaches_its_own_rows_only(
     activation: str, pair: tuple[str, str, str], device: torch.device
 ) -> None:
     """Token 2 is another rank's, token 4 shares its expert and its block of rows with others."""
@@ -295,7 +297,7 @@ def test_any_routing(data: st.DataObject, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_order_of_programs_does_not_matter(
+def test_r15_order_of_programs_does_not_matter(
     pair: tuple[str, str, str], device: torch.device, reverse_programs: Callable[[], None]
 ) -> None:
     experts = make_experts(pair, 2 * INTER, HIDDEN, is_gated=True, device=device, is_exact=False)
