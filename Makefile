@@ -1,6 +1,7 @@
 # make run    prices DeepSeek-V3 and gpt-oss-120b from published kernel measurements, writes out/report.html
 # make test   lint, import contract, types, tests, and the kernels' tests once more with the oldest Triton
-# make gpu    on a machine with a GPU, torch and Triton: the kernels' tests there, then BENCH into bench/recorded
+# make gpu    on a machine with a GPU, torch and Triton: the kernels' tests there (gpu-test), then `tokenfab lab` for
+#             MINUTES into bench/recorded (gpu-lab)
 # make gpu-deps   what `make gpu` needs beside them (NumPy comes with torch), into build/gpu-deps, to carry to a machine without a network
 #
 # PYTHON=python3.12   the interpreter that makes the environment
@@ -14,7 +15,10 @@ SOURCES := setup.py pyproject.toml
 OLDEST := triton==3.6.0 numpy==2.3.5
 OLDEST_VENV := $(VENV)-oldest-triton
 
-.PHONY: run test test-oldest gpu gpu-deps
+# One worker per core; a benchmark wants the machine to itself
+PARALLEL := -n auto --dist worksteal
+
+.PHONY: run test test-oldest gpu gpu-test gpu-lab gpu-deps
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.tokenfab-run
@@ -26,27 +30,33 @@ test: $(VENV)/.tokenfab-test
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL) --ignore tests/benchmarks
+	$(BIN)/python -m pytest tests/benchmarks
 	$(MAKE) test-oldest
 
 # The same packages with only Triton (and what it needs) replaced: its folder comes first on the path.
 test-oldest: $(OLDEST_VENV)/.tokenfab-oldest
-	$(OLDEST_VENV)/bin/python -m pytest tests/kernels tests/bench/test_inspect.py tests/bench/test_campaign.py
+	$(OLDEST_VENV)/bin/python -m pytest $(PARALLEL) tests/kernels tests/bench/test_inspect.py \
+	  tests/bench/test_inspect_gate.py tests/bench/test_campaign.py
 
 GPU_PYTHON ?= python3
 GPU_PYTHON_VERSION ?= 3.12
-BENCH ?= gemm --model deepseek-v3 --format fp8_block,mxfp4 --batch 1,16,64 --budget 3 --no-energy
+MINUTES ?= 20
 ON_GPU := PYTHONPATH=$(CURDIR)/build/typing:$(CURDIR)/build/gpu-deps $(GPU_PYTHON)
 
-gpu:
+gpu: gpu-test gpu-lab
+
+gpu-test:
 	mkdir -p build/typing && ln -sfn $(CURDIR) build/typing/tokenfab
 	$(ON_GPU) -m pytest tests/kernels -k "not points and not codec" -p no:cacheprovider
-	$(ON_GPU) -m tokenfab bench copy --out bench/recorded --no-energy
-	$(ON_GPU) -m tokenfab bench $(BENCH) --out bench/recorded
+
+gpu-lab:
+	mkdir -p build/typing && ln -sfn $(CURDIR) build/typing/tokenfab
+	$(ON_GPU) -m tokenfab lab --minutes $(MINUTES) --out bench/recorded
 
 gpu-deps:
 	$(PYTHON) -m pip install --quiet --upgrade --target build/gpu-deps --python-version $(GPU_PYTHON_VERSION) \
-	  --only-binary=:all: --no-deps click msgspec rich markdown-it-py mdurl pygments nvidia-ml-py \
+	  --only-binary=:all: --no-deps click msgspec rich markdown-it-py mdurl pygments nvidia-ml-py pyyaml safetensors \
 	  pytest pluggy iniconfig packaging hypothesis sortedcontainers ml_dtypes
 
 $(BIN)/python:

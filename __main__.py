@@ -10,8 +10,21 @@ from typing import Any
 import click
 
 from . import __version__
+from .commands.compare import compare, gate
 from .commands.kernels import bench, inspect
-from .commands.shared import Group, combined, comma, json_option, path_type, print_json, show
+from .commands.lab import doctor, lab
+from .commands.shared import (
+    Group,
+    combined,
+    comma,
+    json_option,
+    path_type,
+    price_file_option,
+    price_options,
+    print_json,
+    show,
+)  # fmt: skip
+from .commands.tune import tune
 
 # Rooms are imported inside the commands: `tokenfab models` must not wait for pyarrow or plotly.
 
@@ -20,15 +33,12 @@ gpu_option = click.option("--gpu", required=True, help="See `tokenfab gpus`.")
 stacks_option = comma(
     "--stack", "stacks", "NAME@VERSION for an older one.", default="vllm,sglang,trtllm", show_default=True
 )
-price_file_option = click.option("--prices", "price_file", type=path_type, metavar="FILE", help="A price file (TOML).")
+records_option = click.option(
+    "--records", type=path_type, metavar="DIR",
+    help="Records of the stack tokenfab (or tokenfab+vllm: vllm's rows for the rest), not the package's.",
+)  # fmt: skip
 data_option = click.option(
     "--published-data", type=path_type, metavar="DIR", help="Tables from this aiconfigurator checkout, not the package."
-)
-price_options = combined(
-    click.option("--tier", default="rent_3yr", show_default=True, help="Price tier; see `tokenfab prices`."),
-    click.option("--book", help="Price book, e.g. 2026-02; the newest that has the price by default."),
-    price_file_option,
-    click.option("--usd-per-gpu-hour", type=float, help="This price for every GPU, instead of the book's."),
 )
 model_options = combined(
     click.option("--precision", help="See `tokenfab models --precisions`; the checkpoint's own by default."),
@@ -60,11 +70,20 @@ def cli() -> None:
       tokenfab published check                           how far interpolation can be trusted
       tokenfab inspect gemm --arch sm_90                 tokenfab's own kernels, compiled: no GPU needed
       tokenfab bench gemm                                the same, measured on this machine's GPU
+      tokenfab tune gemm --gpu h100                      which tile a shape wants: by floors, or measured
+      tokenfab lab --minutes 10                          all kernels checked, and what weighs most measured
+      tokenfab compare before.jsonl after.jsonl          what changed, and what it costs
+      tokenfab gate inspection                           whether a build's kernels got worse: no GPU needed
     """
 
 
 cli.add_command(inspect)
 cli.add_command(bench)
+cli.add_command(tune)
+cli.add_command(lab)
+cli.add_command(doctor)
+cli.add_command(compare)
+cli.add_command(gate)
 
 
 @cli.command()
@@ -140,6 +159,7 @@ def price(tokens_per_s: float, usd_per_gpu_hour: float, kw: float | None, as_jso
 @model_options
 @price_options
 @data_option
+@records_option
 @json_option
 def step(model: str, gpu: str, stack: str, parallel: str | None, batch: float, as_json: bool, **options: Any) -> None:
     """One decode step of MODEL on one GPU of a deployment, op by op, in time and dollars.
@@ -174,6 +194,7 @@ def step(model: str, gpu: str, stack: str, parallel: str | None, batch: float, a
 @click.option("--all", "show_all", is_flag=True, help="Print every point, not only the best of each GPU and stack.")
 @click.option("--report", type=path_type, metavar="FILE", help="Write an HTML report that works offline.")
 @data_option
+@records_option
 @json_option
 def cost(models: tuple[str, ...], gpus: list[str] | None, stacks: list[str], parallels: list[str] | None,
          batches: list[float] | None, min_rate: float, max_modelled: float, show_all: bool, report: Path | None,

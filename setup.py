@@ -19,12 +19,11 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
-KERNELS = ["nvidia-ml-py>=12.560", "torch>=2.11", "triton>=3.6"]
+KERNELS = ["ml_dtypes>=0.5", "nvidia-ml-py>=12.560", "safetensors>=0.5", "torch>=2.11", "triton>=3.6"]
 TEST = [
     "basedpyright>=1.31",
     "hypothesis>=6.100",
     "import-linter>=2.1",
-    "ml_dtypes>=0.5",
     "playwright>=1.45",
     "pytest>=8.3",
     "pytest-benchmark>=5.3.1",
@@ -42,7 +41,10 @@ setup(
     python_requires=">=3.11",
     packages=["tokenfab", "tokenfab.commands", "tokenfab.kernels", "tokenfab.bench", "tokenfab.costing"],
     package_dir={"tokenfab": "."},
-    package_data={"tokenfab.bench": ["models/*.json"], "tokenfab.costing": ["prices.toml", "report.html"]},
+    package_data={
+        "tokenfab.bench": ["models/*.json", "recorded/*.json*", "templates/*.py", "tuned/*.json"],
+        "tokenfab.costing": ["prices.toml", "report.html"],
+    },
     install_requires=[
         "aiconfigurator-core>=0.12,<0.13",
         "click>=8.1",
@@ -55,5 +57,8 @@ setup(
         "rich>=13",
     ],
     extras_require={"kernels": KERNELS, "test": TEST},
-    entry_points={"console_scripts": ["tokenfab = tokenfab.__main__:main"]},
+    entry_points={
+        "console_scripts": ["tokenfab = tokenfab.__main__:main"],
+        "pytest11": ["tokenfab = tokenfab.commands.pytest_plugin"],
+    },
 )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
-from ..kernels.registry import Kernel
 from .device import Device, DeviceProperties, MethodUnavailable
 from .gpus import GPUS, Gpu, get_gpu
 from .measurement import Settings
-from .noise import MIN_PROCESSES, process_noise
-from .record import Point, Record, environment, source_hash
+from .peers import absence
+from .record import Point, Record, environment
 from .records import RecordStore
+from .summaries import kernel_hash
 from .targets import Target
 from .timing import measure
 
@@ -57,14 +56,6 @@ class Outcome:
     is_old: bool = False
 
 
-def kernel_hash(kernel: Kernel, properties: DeviceProperties) -> str:
-    """Names a version of the kernel: its sources; of a library's kernel the library's version as well."""
-    sources: dict[str, str | bytes] = dict(kernel.source_texts())
-    if kernel.library:
-        sources["torch"] = properties.torch
-    return source_hash(sources)
-
-
 def point_of(target: Target, gpu: Gpu, properties: DeviceProperties, tile: dict[str, int]) -> Point:
     kernel = target.kernel
     return Point(
@@ -77,6 +68,25 @@ def point_of(target: Target, gpu: Gpu, properties: DeviceProperties, tile: dict[
         tile=dict(tile),
         gpu=gpu.name,
     )
+
+
+def measure_target(
+    target: Target, device: Device, gpu: Gpu, *, settings: Settings | None = None, has_anchor: bool = True,
+    buffers_on: Any = "cuda",
+) -> Record:  # fmt: skip
+    """Measures one target in this process, beside its anchor.
+
+    Raises:
+        MethodUnavailable: it cannot be timed so. What torch raises where memory does not suffice.
+    """
+    from .cases import make_anchor, make_case
+
+    point = point_of(target, gpu, device.properties, target.kernel.load().tile(target.shape, buffers_on))
+    case = make_case(target.kernel, target.shape, gpu, buffers_on)
+    l2_bytes = device.properties.l2_bytes
+    anchor = make_anchor(target.kernel, target.shape, l2_bytes, buffers_on) if has_anchor else None
+    measured = measure(case, device, l2_policy=point.l2_policy, anchor=anchor, settings=settings)
+    return Record.of(point, measured, environment(device.properties))
 
 
 def run_targets(
@@ -96,80 +106,34 @@ def run_targets(
     What one target cannot do (a kernel too small to be timed out of L2, memory that does not suffice) is said in
     its outcome and stops no other.
     """
-    from .cases import make_anchor, make_case
-
     outcomes = []
-    here = environment(device.properties)
     for target in targets:
-        tile = target.kernel.load().tile(target.shape, buffers_on)
-        point = point_of(target, gpu, device.properties, tile)
-        if store.done(point, processes):
-            outcome = Outcome(target, is_old=True)
-        else:
-            try:
-                case = make_case(target.kernel, target.shape, gpu, buffers_on)
-                l2_bytes = device.properties.l2_bytes
-                anchor = make_anchor(target.kernel, target.shape, l2_bytes, buffers_on) if has_anchor else None
-                measured = measure(case, device, l2_policy=point.l2_policy, anchor=anchor, settings=settings)
-                record = Record.of(point, measured, here)
-                store.append(record)
-                outcome = Outcome(target, record)
-            except (MethodUnavailable, MemoryError) as error:
-                outcome = Outcome(target, skipped=str(error))
-            except RuntimeError as error:
-                if type(error).__name__ != "OutOfMemoryError":  # torch's; this module does not import it
-                    raise
-                outcome = Outcome(target, skipped=f"memory: {str(error).splitlines()[0]}")
+        outcome = _run_target(
+            target, device, gpu, store, processes=processes, settings=settings, has_anchor=has_anchor,
+            buffers_on=buffers_on,
+        )  # fmt: skip
         outcomes.append(outcome)
         done(outcome)
     return outcomes
 
 
-@dataclass(frozen=True)
-class Summary:
-    """One point over its processes. Times and rates are None where no measurement was valid."""
-
-    point: Point
-    num_processes: int
-    time_s: float | None
-    noise: float | None
-    bytes_per_s: float | None
-    flops_per_s: float | None
-    roofline_fraction: float | None
-    anchor: str | None
-    anchor_ratio: float | None
-    flags: tuple[str, ...]
-    invalid: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        shown = {name: value for name, value in vars(self).items() if name != "point"}
-        shape = {"op": self.point.op, **self.point.formats, "library": self.point.recipe, **self.point.shape}
-        return {**shape, "gpu": self.point.gpu, "l2_policy": self.point.l2_policy, **shown}
-
-
-def summaries(records: Iterable[Record]) -> list[Summary]:
-    """One per point, in the order of their first records."""
-    by_key: dict[str, list[Record]] = {}
-    for record in records:
-        by_key.setdefault(record.point.key, []).append(record)
-    return [_summary(group) for group in by_key.values()]
-
-
-def _summary(group: Sequence[Record]) -> Summary:
-    valid = [record for record in group if record.time_s is not None]
-    times = [record.time_s for record in valid if record.time_s is not None]
-    ratios = [record.anchor_ratio for record in valid if record.anchor_ratio is not None]
-    time_s, facts = median(times) if times else None, group[0].measurement
-    return Summary(
-        point=group[0].point,
-        num_processes=len({record.process for record in valid}),
-        time_s=time_s,
-        noise=process_noise(times) if len(times) >= MIN_PROCESSES else None,
-        bytes_per_s=facts.bytes / time_s if time_s else None,
-        flops_per_s=facts.flops / time_s if time_s else None,
-        roofline_fraction=facts.floor_s / time_s if time_s else None,
-        anchor=facts.anchor,
-        anchor_ratio=median(ratios) if ratios else None,
-        flags=tuple(dict.fromkeys(flag for record in valid for flag in record.flags)),
-        invalid=() if valid else group[-1].invalid,
-    )
+def _run_target(
+    target: Target, device: Device, gpu: Gpu, store: RecordStore, *, processes: int, settings: Settings | None,
+    has_anchor: bool, buffers_on: Any,
+) -> Outcome:  # fmt: skip
+    reason = absence(target.kernel)
+    if reason:
+        return Outcome(target, skipped=reason)
+    try:
+        tile = target.kernel.load().tile(target.shape, buffers_on)
+        if store.done(point_of(target, gpu, device.properties, tile), processes):
+            return Outcome(target, is_old=True)
+        record = measure_target(target, device, gpu, settings=settings, has_anchor=has_anchor, buffers_on=buffers_on)
+        store.append(record)
+        return Outcome(target, record)
+    except (MethodUnavailable, MemoryError) as error:
+        return Outcome(target, skipped=str(error))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; this module does not import it
+            raise
+        return Outcome(target, skipped=f"memory: {str(error).splitlines()[0]}")

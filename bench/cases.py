@@ -16,7 +16,7 @@ from ..kernels.registry import Kernel, Shape
 from .case import Anchor, Case
 from .gpus import Gpu
 from .measurement import num_rotated_sets
-from .peers import PEERS, fits
+from .peers import ANCHORS, fits
 
 _CHUNK = 1 << 22
 _SEED = 1 << 40
@@ -83,7 +83,7 @@ def make_anchor(kernel: Kernel, shape: Shape, l2_bytes: int, device: Any = "cuda
     attention over any cache beside torch's over BF16.
     """
     rate = "bf16" if kernel.activation == "bf16" else "fp8"
-    peer = next((peer for peer in PEERS if peer.op == kernel.op and peer.activation == rate), None)
+    peer = next((peer for peer in ANCHORS if peer.op == kernel.op and peer.activation == rate), None)
     if peer is None or not fits(peer, shape):
         return None
     run, work = peer.load(), peer.work(shape)

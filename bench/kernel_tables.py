@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from .campaign import Summary
+from .summaries import Summary
 from .tables import plain_table
 from .targets import Target
 

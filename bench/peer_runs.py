@@ -35,6 +35,23 @@ class TorchScaledMm(StoredMatmul):
         )  # fmt: skip
 
 
+class TorchBlockScaledMm(StoredMatmul):
+    """``torch._scaled_mm`` with scales per 1 x 128 of x and per 128 x 128 of w, which goes to cuBLAS on sm_90.
+
+    Scales of x lie token by token, as ``ScaledBlas.cpp`` asks: (m, k / 128) with strides (1, m).
+    """
+
+    def make_activations(self, shape: Shape, seed: int, device: Any, *, is_exact: bool = False) -> Buffers:
+        made = super().make_activations(shape, seed, device, is_exact=is_exact)
+        return made | {"scale": made["scale"].t().contiguous().t()}
+
+    def launch(self, weights: Buffers, activations: Buffers, output: torch.Tensor) -> None:
+        torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+            activations["data"], weights["data"].t(), activations["scale"], weights["scale"].t(),
+            out_dtype=output.dtype, out=output,
+        )  # fmt: skip
+
+
 class TorchAttention:
     """``scaled_dot_product_attention`` of one query token per sequence; K and V (B, Hk, L, D) contiguous."""
 

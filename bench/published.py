@@ -13,6 +13,7 @@ that has the row, and the answer names the version used.
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +30,12 @@ from .ops import AttentionModule, Collective, ExpertAllToAll, Op
 from .published_tables import KV_LENGTH, Query, Table, queries
 
 STACKS = ("vllm", "sglang", "trtllm")
-MEASURED, INTERPOLATED, MODELLED = PROVENANCES = ("measured", "interpolated", "modelled")
+MEASURED_HERE, MEASURED, INTERPOLATED_HERE, INTERPOLATED, MODELLED = PROVENANCES = (
+    "measured here", "measured", "interpolated here", "interpolated", "modelled",
+)  # fmt: skip
+"""Best first. "Here": from tokenfab's own records; see ``recorded``. The tables of this module give the other three."""
+
+PUBLISHED_PROVENANCES = (MEASURED, INTERPOLATED, MODELLED)
 
 MODEL_EFFICIENCY = 0.8
 MODEL_OVERHEAD_S = 3e-6
@@ -63,6 +69,11 @@ class Stack:
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
+
+    @property
+    def provenances(self) -> tuple[str, ...]:
+        """What a time of this stack can be."""
+        return PUBLISHED_PROVENANCES
 
 
 def model_timing(op: Op, gpu: Gpu, why: str) -> Timing:
@@ -238,6 +249,8 @@ class PublishedData:
             older = [version for version in versions if _version(version) <= _version(stack.version)]
             versions = list(dict.fromkeys([*(v for v in older if v == stack.version), *first, *older]))
         for version in versions:
+            if not re.fullmatch(r"[\w.+-]*\w", version):
+                raise PublishedDataError(f"{self.root}: expected a version; got {version!r}")
             path = base / version / f"{table.file}.parquet"
             if path.is_file():
                 yield version, path
@@ -345,8 +358,8 @@ def _newest_first(versions: set[str]) -> list[str]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, yaml.YAMLError) as error:
+        data = yaml.load(path.read_text(), Loader=yaml.SafeLoader)  # libyaml's has no limit of depth
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise PublishedDataError(f"{path}: expected readable YAML; {str(error).splitlines()[0]}") from None
     if not isinstance(data, dict):
         raise PublishedDataError(f"{path}: expected a YAML mapping; got {type(data).__name__}")

@@ -1,4 +1,8 @@
-"""The time of a decode step: the plan's ops, each with a time, its provenance and its floor."""
+"""The time of a decode step: the plan's ops, each with a time, its provenance and its floor.
+
+A stack is a published one, or tokenfab's own records, where they have no answer beside the roofline or, if asked, a
+published stack's rows.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,10 @@ from .deployment import Deployment
 from .gpus import Gpu
 from .model_config import ModelConfig
 from .ops import MlaAttention
-from .published import MODELLED, PROVENANCES, PublishedData, Stack
+from .published import MODELLED, PublishedData, Stack, Timing, model_timing
 from .published_tables import MLA
+from .recorded import RecordedStack
+from .recorded_asks import plan_asks
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,31 @@ class StepTime:
         return sum(op.floor_s for op in self.ops)
 
     def coverage(self) -> dict[str, float]:
-        """Share of the step's time by provenance."""
+        """Share of the step's time by provenance, of all that the stack can have."""
         total = self.step_s
-        shares: dict[str, float] = dict.fromkeys(PROVENANCES, 0.0)
+        shares: dict[str, float] = dict.fromkeys(self.stack.provenances, 0.0)
         for op in self.ops:
             shares[op.provenance] += op.time_s / total
         return shares
+
+
+def step_time(
+    data: PublishedData,
+    model: ModelConfig,
+    gpu: Gpu,
+    stack: Stack,
+    deployment: Deployment,
+    *,
+    check_memory: bool = True,
+) -> StepTime:
+    """One decode step priced in time, by whatever the stack answers from.
+
+    Raises:
+        ValueError: a deployment that does not divide or fit (see ``decode_plan``).
+    """
+    if isinstance(stack, RecordedStack):
+        return recorded_step(data, model, gpu, stack, deployment, check_memory=check_memory)
+    return published_step(data, model, gpu, stack, deployment, check_memory=check_memory)
 
 
 def published_step(
@@ -70,17 +95,61 @@ def published_step(
     timings = {call: data.time(call.op, gpu, stack) for call in calls}
     experts_measured = any(call.name == "experts" and timing.provenance != MODELLED for call, timing in timings.items())
     ops = [
-        TimedOp(
-            call,
-            call.calls_per_step * timing.time_s,
-            call.calls_per_step * call.op.floor_s(gpu),
-            timing.provenance,
-            timing.source,
-        )
+        _timed(call, timing, gpu)
         for call, timing in timings.items()
         if not (experts_measured and call.name == "router_top_k")  # the MoE row contains it
     ]
     return StepTime(model, gpu, stack, deployment, tuple(ops))
+
+
+def recorded_step(
+    data: PublishedData,
+    model: ModelConfig,
+    gpu: Gpu,
+    stack: RecordedStack,
+    deployment: Deployment,
+    *,
+    check_memory: bool = True,
+) -> StepTime:
+    """One decode step by tokenfab's records; what they have no answer for by ``stack.rest``, or the roofline.
+
+    An MLA block that ``rest`` times only as a whole stays whole where its attention is not recorded.
+
+    Raises:
+        ValueError: as ``published_step``.
+    """
+    asked = plan_asks(model, gpu, deployment, check_memory=check_memory)
+    found = {each.call: stack.data.time(each.ask, gpu) if each.ask else None for each in asked}
+    planned = tuple(each.call for each in asked if each.only_with is None)
+    calls = tuple(each.call for each in asked if each.only_with is None or found[each.only_with])
+    if stack.rest is not None and not any(isinstance(call.op, MlaAttention) and found[call] for call in planned):
+        tabled = _as_tabled(data, planned, gpu, stack.rest, deployment)
+        calls = calls if tabled is planned else tabled
+    timings = {call: found.get(call) or _without_record(data, call, gpu, stack.rest) for call in calls}
+    experts = any(
+        call.name == "experts" and (found.get(call) is not None or timing.provenance != MODELLED)
+        for call, timing in timings.items()
+    )  # a row of either contains the choice of experts
+    ops = [
+        _timed(call, timing, gpu) for call, timing in timings.items() if not (experts and call.name == "router_top_k")
+    ]
+    return StepTime(model, gpu, stack, deployment, tuple(ops))
+
+
+def _without_record(data: PublishedData, call: OpCall, gpu: Gpu, rest: Stack | None) -> Timing:
+    if rest is None:
+        return model_timing(call.op, gpu, "no record of a kernel of tokenfab's")
+    return data.time(call.op, gpu, rest)
+
+
+def _timed(call: OpCall, timing: Timing, gpu: Gpu) -> TimedOp:
+    return TimedOp(
+        call,
+        call.calls_per_step * timing.time_s,
+        call.calls_per_step * call.op.floor_s(gpu),
+        timing.provenance,
+        timing.source,
+    )
 
 
 def _as_tabled(

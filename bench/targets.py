@@ -19,7 +19,7 @@ from .gpus import Gpu
 from .model_config import ModelConfig
 from .models import load_model
 from .ops import Experts, Gemm, MlaAttention, PagedAttention
-from .peers import COPY, COPY_SHAPES, PEERS, fits
+from .peers import COPY, COPY_SHAPES, PEERS, absence, fits
 
 DEFAULT_MODELS = ("deepseek-v3", "qwen3-30b-a3b", "gpt-oss-120b")
 DEFAULT_BATCHES = (1, 16, 64, 128, 512, 4096)
@@ -91,15 +91,17 @@ def capability(gpu: Gpu) -> int:
 
 def find_targets(
     op: str | None, formats: Sequence[str] | None, models: Iterable[str], batches: Iterable[int], gpu: Gpu,
-    contexts: Sequence[int] = DEFAULT_CONTEXTS,
+    contexts: Sequence[int] = DEFAULT_CONTEXTS, *, extra: Sequence[Kernel] = (), shapes: Sequence[_Fields] = (),
 ) -> list[Target]:  # fmt: skip
-    """The kernels that run on ``gpu``, and the libraries' beside them, at the shapes of ``models``.
+    """The kernels that run on ``gpu``, and the libraries' that are here beside them, at the shapes of ``models``.
 
     Args:
         op: one of ``known_ops``, or None for all. formats: as in ``find_kernels``; None: for each model those of its
             checkpoint, or all where no kernel has these.
         batches: tokens per GPU and step; for attention, sequences, up to ``MAX_SEQUENCES``.
         contexts: cached tokens of a sequence.
+        extra: kernels of the same op and formats that are not in the registry, beside it.
+        shapes: as ``shape_fields`` reads them, of ``op``, in place of the models'.
 
     Raises:
         ValueError: unknown op, format or model; nothing that runs on this GPU.
@@ -117,12 +119,13 @@ def find_targets(
     if op != COPY.op:
         limit = capability(gpu)
         kernels = [kernel for kernel in find_kernels(op, formats) if kernel.min_capability <= limit]
-        for name in models:
+        kernels = [*extra, *kernels]
+        for name in () if shapes else models:
             _add_model(name, kernels, formats is not None, list(batches), contexts, gpu, add)
-        for kernel in (*kernels, *peers_of(kernels)):
-            for fields in _compared_shapes(kernel.op):
+        for kernel in (*kernels, *peers_here(kernels, limit)):
+            for fields in shapes or _compared_shapes(kernel.op):
                 if fits(kernel, dict(fields)):
-                    add(kernel, fields, "compared")
+                    add(kernel, fields, "asked" if shapes else "compared")
     if not found:
         kept = ", ".join(formats or ["any format"])
         raise ValueError(f"format: expected a kernel that runs on {gpu.name}; got {kept}")
@@ -143,7 +146,7 @@ def _add_model(
                 fitting = [kernel for kernel in kernels if kernel.op == op]
                 if not is_asked and own is not None:
                     fitting = [kernel for kernel in fitting if _is_native(kernel, own, call)] or fitting
-                for kernel in (*fitting, *peers_of(fitting)):
+                for kernel in (*fitting, *peers_here(fitting, capability(gpu))):
                     if fits(kernel, dict(fields)) and not _is_too_large(kernel, dict(fields)):
                         add(kernel, fields, f"{model.name} {place}")
 
@@ -225,6 +228,52 @@ def peers_of(kernels: Iterable[Kernel]) -> list[Kernel]:
     rates = {(kernel.op, FORMATS[kernel.activation].matrix_rate) for kernel in kernels}
     rates |= {(op, "fp8") for op, rate in rates if rate == "fp4"}  # no library kernel at the FP4 rate here
     return [peer for peer in PEERS if (peer.op, FORMATS[peer.activation].matrix_rate) in rates]
+
+
+def peers_here(kernels: Iterable[Kernel], limit: int | None = None) -> list[Kernel]:
+    """Those of ``peers_of`` that are installed, and run at compute capability ``limit`` / 10."""
+    return [peer for peer in peers_of(kernels) if not absence(peer, limit)]
+
+
+def absent_peers(op: str | None, formats: Sequence[str] | None, gpu: Gpu) -> dict[str, str]:
+    """Why each library's kernel that would stand beside these is not measured, by its name."""
+    reasons = {peer.name: absence(peer, capability(gpu)) for peer in peers_of(find_kernels(op, formats))}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+SHAPE_NAMES = {
+    "gemm": ("m", "n", "k"),
+    "moe": ("num_tokens", "hidden", "inter", "top_k", "num_experts", "ep", "load"),
+    "attention": ("batch", "length", "num_heads", "num_kv_heads", "head_dim", "window", "q_len", "page_size"),
+    "mla": ("batch", "length", "num_heads", "kv_lora_rank", "rope_dim", "q_len", "page_size"),
+    "rope_append": ("num_tokens", "num_heads", "num_kv_heads", "head_dim", "page_size"),
+    "mla_append": ("num_tokens", "num_heads", "kv_lora_rank", "rope_dim", "page_size"),
+    "quantize": ("rows", "columns"),
+    "rms_norm_quantize": ("rows", "columns"),
+    "swiglu_quantize": ("rows", "columns"),
+}
+"""As ``op_shapes`` gives them."""
+
+_MAY_BE_ZERO = ("window", "load")
+
+
+def shape_fields(op: str | None, text: str) -> _Fields:
+    """A shape of ``op`` from "m=64,n=7168,k=2048".
+
+    Raises:
+        ValueError: no such op, a name that is missing, unknown or there twice, no whole number.
+    """
+    if op not in SHAPE_NAMES:
+        raise ValueError(f"shape: expected one of {', '.join(SHAPE_NAMES)} to have it; got {op or 'no op'}")
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    found = {name.strip(): value.strip() for name, _, value in pairs}
+    names = SHAPE_NAMES[op]
+    if len(found) != len(pairs) or set(found) != set(names):
+        raise ValueError(f"shape: expected {','.join(f'{name}=N' for name in names)} for {op}; got {text!r}")
+    for name, value in found.items():
+        if not value.isdecimal() or int(value) < (name not in _MAY_BE_ZERO):
+            raise ValueError(f"shape: expected a whole number of {name}; got {value!r}")
+    return tuple((name, int(found[name])) for name in names)
 
 
 def known_ops() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,14 @@ def comma(flag: str, name: str, help_text: str, **more: Any) -> Callable[[Any], 
 path_type = click.Path(path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 
+price_file_option = click.option("--prices", "price_file", type=path_type, metavar="FILE", help="A price file (TOML).")
+price_options = combined(
+    click.option("--tier", default="rent_3yr", show_default=True, help="Price tier; see `tokenfab prices`."),
+    click.option("--book", help="Price book, e.g. 2026-02; the newest that has the price by default."),
+    price_file_option,
+    click.option("--usd-per-gpu-hour", type=float, help="This price for every GPU, instead of the book's."),
+)
+
 
 def show(
     as_json: bool, data: Callable[[], Any], table: Callable[[], Any], lines: Callable[[], list[str]] = list
@@ -89,3 +98,28 @@ def show(
     out.print(table())
     for line in lines():
         out.print(line, soft_wrap=True)
+
+
+class Progress:
+    """A bar on standard error, where that is a terminal."""
+
+    def __init__(self, title: str, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True), disable=quiet or not sys.stderr.isatty())
+        self._task, self._title = self._bar.add_task(title, total=None), title
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def update(self, done: int, total: int, what: str) -> None:
+        self._bar.update(self._task, completed=done, total=total, description=f"{self._title} {what}")
+
+    def advance(self, total: int, what: str) -> None:
+        self._bar.update(self._task, advance=1, total=total, description=f"{self._title} {what}")

@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import __version__
 from ..bench.decode_plan import OMITTED
-from ..bench.published import PROVENANCES
+from ..bench.published import MEASURED_HERE, PROVENANCES
 from .cost import OpCost, StepCost
 from .study import StudyResult
 from .sweep import Parallel, best_points, frontier
@@ -25,8 +25,12 @@ from .sweep import Parallel, best_points, frontier
 TEMPLATE = Path(__file__).with_name("report.html")
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-STACK_STYLE = {"vllm": ("solid", "circle"), "sglang": ("dash", "square"), "trtllm": ("dot", "diamond")}
-HATCH = {"measured": "", "interpolated": "/", "modelled": "x"}
+STACK_STYLE = {
+    "vllm": ("solid", "circle"), "sglang": ("dash", "square"), "trtllm": ("dot", "diamond"),
+    "tokenfab": ("longdash", "star"), "tokenfab+vllm": ("longdashdot", "circle-open"),
+    "tokenfab+sglang": ("longdashdot", "square-open"), "tokenfab+trtllm": ("longdashdot", "diamond-open"),
+}  # fmt: skip
+HATCH = {"measured here": ".", "measured": "", "interpolated here": "\\", "interpolated": "/", "modelled": "x"}
 
 GROUPS = {
     "experts": "experts",
@@ -205,6 +209,7 @@ def _html_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], text_colu
 
 def _best_table(best: Sequence[StepCost]) -> str:
     rows = []
+    kinds = [name for name in PROVENANCES if any(name in point.step.stack.provenances for point in best)]
     for point in best:
         deployment, shares = point.step.deployment, point.step.coverage()
         parallel = Parallel.of(deployment)
@@ -219,7 +224,7 @@ def _best_table(best: Sequence[StepCost]) -> str:
                 f"{point.tokens_per_s_per_user:.1f}",
                 f"{point.price.usd_per_gpu_hour:.2f}",
                 f"{point.usd_per_mtok_output:.3f}",
-                *(f"{share:.0%}" for share in shares.values()),
+                *(f"{shares.get(kind, 0.0):.0%}" for kind in kinds),
                 ", ".join(op.timed.call.name for op in point.suspects()) or "-",
             )
         )
@@ -233,7 +238,7 @@ def _best_table(best: Sequence[StepCost]) -> str:
         "tok/s/user",
         "$/GPU-h",
         "$/M output",
-        *PROVENANCES,
+        *kinds,
         "look twice",
     )
     return _html_table(columns, rows, 3)
@@ -243,9 +248,11 @@ def _best_section(best: Sequence[StepCost], number: int, name: str, min_tokens_p
     at = f"the cheapest points at {min_tokens_per_s_per_user:g} tokens/s/user or more"
     if not best:
         return f"<p>No ranked point reaches {min_tokens_per_s_per_user:g} tokens/s/user.</p>"
+    has_own = any(MEASURED_HERE in point.step.stack.provenances for point in best)
+    here = " Dotted: measured here. Hatched the other way: interpolated here." if has_own else ""
     return (
         f"<h3>Where the money goes: {at}</h3>"
-        "<p class='soft'>Plain: measured. Hatched: interpolated. Crossed: modelled.</p>"
+        f"<p class='soft'>Plain: measured. Hatched: interpolated. Crossed: modelled.{here}</p>"
         f'<div class="plot bars" id="breakdown-{number}" role="img" aria-label="{name}: cost by group of ops"></div>'
         f"<h3>In numbers: {at}, per GPU and stack</h3>{_best_table(best)}"
     )

@@ -15,7 +15,8 @@ from ..bench.model_config import ModelConfig
 from ..bench.models import load_model
 from ..bench.published import PublishedData
 from ..bench.published_check import TableError, check_tables
-from ..bench.step_time import published_step
+from ..bench.recorded import RecordedData, find_stack
+from ..bench.step_time import step_time
 from ..kernels.formats import get_format
 from .cost import StepCost
 from .prices import DEFAULT_TIER, Price, PriceBook, stated_price
@@ -29,6 +30,7 @@ class Study:
     sweep: Sweep
     data: PublishedData
     price: Callable[[Gpu], Price]
+    recorded: RecordedData
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,9 @@ def study(
     tier: str = DEFAULT_TIER,
     book: str | None = None,
     price_file: Path | None = None,
+    records: Path | None = None,
 ) -> Study:
-    """A study from names; None means the default of that option.
+    """A study from names; None means the default of that option. ``records``: folder of the stack ``tokenfab``'s.
 
     Raises:
         ValueError: an unknown name, a price that is missing, no published data.
@@ -104,7 +107,7 @@ def study(
     splits = [Parallel.parse(text) for text in parallels or DEFAULT_PARALLEL]
     if parallels is None and batches is not None and len(batches) == 1 and len(found) == 1:
         splits = [smallest_parallel(sweep, found[0], batches[0])]
-    return Study(replace(sweep, parallels=splits), PublishedData(published_data), price)
+    return Study(replace(sweep, parallels=splits), PublishedData(published_data), price, RecordedData(records))
 
 
 def smallest_parallel(sweep: Sweep, gpu: Gpu, batch_per_gpu: float) -> Parallel:
@@ -126,9 +129,9 @@ def price_step(study: Study) -> StepCost:
     sweep = study.sweep
     gpu, parallel = sweep.gpus[0], sweep.parallels[0]
     assert sweep.batches is not None
-    stack = study.data.stack(gpu, sweep.stacks[0])
+    stack = find_stack(gpu, sweep.stacks[0], study.data, study.recorded)
     deployment = sweep.deployment(parallel, sweep.batches[0])
-    return StepCost(published_step(study.data, sweep.model, gpu, stack, deployment), study.price(gpu))
+    return StepCost(step_time(study.data, sweep.model, gpu, stack, deployment), study.price(gpu))
 
 
 def run_study(study: Study, show_progress: bool = False) -> StudyResult:
@@ -138,7 +141,7 @@ def run_study(study: Study, show_progress: bool = False) -> StudyResult:
         ValueError: nothing fits; the message says why.
     """
     with _progress(show_progress, study.sweep.model.name, len(study.sweep)) as advance:
-        result = run_sweep(study.sweep, study.data, study.price, advance)
+        result = run_sweep(study.sweep, study.data, study.price, advance, study.recorded)
     if not result.points:
         raise ValueError(f"{study.sweep.model.name}: no point can be: {result.skipped[0].reason}")
     return StudyResult(study.sweep, result.points, result.skipped)

@@ -11,7 +11,8 @@ from ..bench.gpus import Gpu
 from ..bench.memory import largest_batch
 from ..bench.model_config import ModelConfig
 from ..bench.published import PublishedData
-from ..bench.step_time import published_step
+from ..bench.recorded import NoRecords, RecordedData, find_stack
+from ..bench.step_time import step_time
 from .cost import StepCost
 from .prices import Price
 
@@ -124,19 +125,31 @@ class SweepResult:
 
 
 def run_sweep(
-    sweep: Sweep, data: PublishedData, price: Callable[[Gpu], Price], advance: Callable[[str], None] = lambda what: None
+    sweep: Sweep,
+    data: PublishedData,
+    price: Callable[[Gpu], Price],
+    advance: Callable[[str], None] = lambda what: None,
+    recorded: RecordedData | None = None,
 ) -> SweepResult:
     """Price every point that fits. ``advance`` is called before each (GPU, stack, parallelism).
 
+    ``recorded``: of the stack ``tokenfab``; None for the package's.
+
     Raises:
-        ValueError: an unknown stack or a missing price. What merely does not fit is in ``skipped``.
+        ValueError: an unknown stack or a missing price. What merely does not fit, and a GPU without records, is in
+            ``skipped``.
     """
+    recorded = recorded or RecordedData()
     points: list[StepCost] = []
     skipped: list[Skipped] = []
     for gpu in sweep.gpus:
         gpu_price = price(gpu)
         for spec in sweep.stacks:
-            stack = data.stack(gpu, spec)
+            try:
+                stack = find_stack(gpu, spec, data, recorded)
+            except NoRecords as error:
+                skipped.append(Skipped(gpu.name, spec, "all", str(error)))
+                continue
             for parallel in sweep.parallels:
                 advance(f"{gpu.name} {stack.name} {parallel}")
                 try:
@@ -144,7 +157,7 @@ def run_sweep(
                 except ValueError as error:
                     skipped.append(Skipped(gpu.name, spec, str(parallel), str(error)))
                     continue
-                steps = (published_step(data, sweep.model, gpu, stack, d, check_memory=False) for d in deployments)
+                steps = (step_time(data, sweep.model, gpu, stack, d, check_memory=False) for d in deployments)
                 points += [StepCost(step, gpu_price) for step in steps]
     return SweepResult(points, skipped)
 

@@ -12,6 +12,7 @@ from ..bench.decode_plan import OMITTED
 from ..bench.deployment import Precision
 from ..bench.gpus import Gpu
 from ..bench.model_config import GqaAttention, ModelConfig
+from ..bench.published import PROVENANCES
 from ..bench.published_check import TableError
 from ..bench.tables import console, number, plain_table
 from .cost import StepCost
@@ -173,8 +174,12 @@ def _coverage(cost: StepCost) -> str:
     return ", ".join(f"{share:.0%} {name}" for name, share in cost.step.coverage().items())
 
 
+_SHORT: dict[str, str] = dict(zip(PROVENANCES, ("here", "meas", "interp here", "interp", "model"), strict=True))
+
+
 def points_table(title: str, points: Sequence[StepCost]) -> Table:
     rows = []
+    kinds = [name for name in PROVENANCES if any(name in point.step.stack.provenances for point in points)]
     for point in points:
         step, deployment = point.step, point.step.deployment
         parallel = Parallel.of(deployment)
@@ -191,7 +196,7 @@ def points_table(title: str, points: Sequence[StepCost]) -> Table:
                 f"{point.tokens_per_s_per_user:.1f}",
                 f"{point.price.usd_per_gpu_hour:.2f}",
                 _usd(point.usd_per_mtok_output),
-                "/".join(f"{share:.0%}" for share in shares.values()),
+                "/".join(f"{shares.get(kind, 0.0):.0%}" for kind in kinds),
                 ", ".join(op.timed.call.name for op in point.suspects()) or "-",
             )
         )
@@ -206,7 +211,7 @@ def points_table(title: str, points: Sequence[StepCost]) -> Table:
         "tok/s/user",
         "$/GPU-h",
         "$/M output",
-        "meas/interp/model",
+        "/".join(_SHORT[kind] for kind in kinds),
         "look twice",
     )
     table = plain_table(title, columns, rows, left=3)

@@ -83,6 +83,11 @@ def _point(row: TileRow, format: str, arch: str, page_size: int, is_prefix: bool
     )  # fmt: skip
 
 
+def tile_points(row: TileRow, format: str, arch: str, page_size: int) -> list[CompilePoint]:
+    """The points of a row, one of ``TILES`` or a candidate, as if it were used on ``arch``."""
+    return [_point(row, format, arch, page_size, is_prefix=False)]
+
+
 def _row_points(row: TileRow, format: str) -> Iterator[CompilePoint]:
     """Pages smaller than a tile, and the prefix's pass, on one architecture: they differ in loads and masks alone."""
     for arch in used_on(row, format, COMPILED_ARCHS):

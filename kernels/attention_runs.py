@@ -102,9 +102,7 @@ class PagedAttention:
         rows, place = shape["batch"] * shape["q_len"], torch.device(device)
         q = random_matrix(rows, shape["num_heads"] * shape["head_dim"], seed, place)
         lengths = torch.full((shape["batch"],), shape["length"], dtype=torch.int32, device=place)
-        tile, programs = self._sizes(
-            shape["num_heads"], shape["num_kv_heads"], shape["head_dim"], shape["q_len"], place
-        )
+        tile, programs = self._shape_sizes(shape, place)
         plan = plan_attention(lengths, programs, tile.block_n, q_len=shape["q_len"], window=shape["window"] or None)
         return {
             "q": q.view(rows, shape["num_heads"], shape["head_dim"]),
@@ -113,11 +111,20 @@ class PagedAttention:
             "window": torch.tensor(shape["window"]),  # on the host
         }
 
-    def _sizes(self, heads: int, kv_heads: int, head_dim: int, q_len: int, device: torch.device) -> tuple[Tile, int]:
+    def _sizes(
+        self, heads: int, kv_heads: int, head_dim: int, q_len: int, device: torch.device, **sizes: int
+    ) -> tuple[Tile, int]:
         """(tile, programs per KV head)."""
         rows = heads // kv_heads * q_len
-        tile = choose_attention_tile(head_dim, self.format, rows, arch_of(device))
+        tile = choose_attention_tile(head_dim, self.format, rows, arch_of(device), kv_heads=kv_heads, **sizes)
         return tile, num_plan_programs(kv_heads * -(-rows // tile.block_m), device, tile.num_warps)
+
+    def _shape_sizes(self, shape: Shape, device: torch.device) -> tuple[Tile, int]:
+        pages = -(-shape["length"] // shape["page_size"])
+        return self._sizes(
+            shape["num_heads"], shape["num_kv_heads"], shape["head_dim"], shape["q_len"], device,
+            batch=shape["batch"], window=shape["window"], max_tokens=pages * shape["page_size"],
+        )  # fmt: skip
 
     def make_output(self, shape: Shape, device: Any) -> torch.Tensor:
         rows = shape["batch"] * shape["q_len"]
@@ -127,7 +134,10 @@ class PagedAttention:
         cache, q, lengths = self._cache(weights), activations["q"], activations["lengths"]
         batch, heads, head_dim, window = lengths.numel(), *q.shape[1:], int(activations["window"]) or None
         q_len = q.shape[0] // batch
-        tile, programs = self._sizes(heads, cache.num_kv_heads, head_dim, q_len, q.device)
+        room = weights["page_table"].shape[1] * cache.layout.page_size
+        tile, programs = self._sizes(
+            heads, cache.num_kv_heads, head_dim, q_len, q.device, batch=batch, window=window or 0, max_tokens=room
+        )
         plan = AttentionPlan(activations["plan"], batch, programs, tile.block_n, q_len, window, 0, programs + batch - 1)
         key = (plan.num_parts, q_len, heads, head_dim)
         if key not in self._parts:  # layers share them
@@ -145,6 +155,4 @@ class PagedAttention:
         return expected
 
     def tile(self, shape: Shape, device: Any) -> dict[str, int]:
-        place = torch.device(device)
-        sizes = (shape["num_heads"], shape["num_kv_heads"], shape["head_dim"], shape["q_len"])
-        return asdict(self._sizes(*sizes, place)[0])
+        return asdict(self._shape_sizes(shape, torch.device(device))[0])

@@ -175,7 +175,7 @@ def block_scaled_matmul(
     is_few = tokens <= MAX_FEW_TOKENS
     pair = format if x_format == format else f"{format}_{x_format}"
     arch = arch_of(x.device)
-    tile = tile or find_tile("block_scaled", pair, arch, tokens)
+    tile = tile or find_tile("block_scaled", pair, arch, tokens, n=rows, k=columns)
     if pair == "mxfp4_mxfp8" and arch.startswith("sm_12"):
         is_aligned = w.storage_offset() % 4 == 0 and w.stride(0) % 4 == 0
         require(is_aligned, "w", "rows on a grid of 4 bytes", f"offset {w.storage_offset()}, stride {w.stride()}")

@@ -181,7 +181,8 @@ def fp8_matmul(
         require(tensor.device == x.device, name, f"device {x.device}", tensor.device)
     out = check_out(out, tokens, rows, out_dtype, x.device)
     is_few = tokens <= MAX_FEW_TOKENS
-    tile = tile or find_tile("fp8" if is_few else "fp8_many", scaling, arch_of(x.device), tokens)
+    kernel = "fp8" if is_few else "fp8_many"
+    tile = tile or find_tile(kernel, scaling, arch_of(x.device), tokens, n=rows, k=columns)
     require(tile.block_k == GROUP, "tile", f"block_k = {GROUP}", tile)
     blocks_m, blocks_n = triton.cdiv(tokens, tile.block_m), triton.cdiv(rows, tile.block_n)
     require(is_few or split_k in (None, 1), "split_k", f"1 beyond {MAX_FEW_TOKENS} tokens", split_k)

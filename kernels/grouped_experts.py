@@ -73,7 +73,12 @@ def choose_tile(w: GroupedWeight, activation: str, num_rows: int, num_experts: i
     """
     kernel, format = _tile_key(w, activation)
     wanted = triton.next_power_of_2(-(-2 * num_rows // max(num_experts, 1)))
-    return find_tile(kernel, format, arch_of(w.device), min(max(wanted, _BLOCKS[0]), _BLOCKS[-1]))
+    channels, columns = w.num_channels, w.num_columns
+    hidden, inter = (columns, channels) if w.is_gated else (channels, columns)
+    return find_tile(
+        kernel, format, arch_of(w.device), min(max(wanted, _BLOCKS[0]), _BLOCKS[-1]), rows=num_rows,
+        experts=num_experts, local_experts=w.num_experts, hidden=hidden, inter=inter,
+    )  # fmt: skip
 
 
 def grouped_tile(w: GroupedWeight, activation: str, block_m: int) -> tuple[str, Tile]:
@@ -149,8 +154,10 @@ def down(
 
 
 def _check(x: QuantizedTensor, w: GroupedWeight, plan: Schedule, tile: Tile | None) -> tuple[str, Tile]:
-    kernel, own = grouped_tile(w, x.format.name, plan.block_m)
-    tile = tile or own
+    if tile is None:
+        kernel, tile = grouped_tile(w, x.format.name, plan.block_m)
+    else:
+        kernel, _ = _tile_key(w, x.format.name)
     require(tile.block_m == plan.block_m, "tile", f"block_m = {plan.block_m}, as the plan", tile)
     require(x.shape[1] == w.num_columns, "x", f"K = {w.num_columns}", f"K = {x.shape[1]}")
     parts = [("x", x.data), ("x", x.scale), ("plan", plan.row_index)]

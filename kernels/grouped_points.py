@@ -140,6 +140,11 @@ _OF_KERNEL = {
 }
 
 
+def tile_points(row: TileRow, format: str, arch: str, mode: str, is_even: bool) -> list[CompilePoint]:
+    """The points of a row, one of ``TILES`` or a candidate, in one mode, as if it were used on ``arch``."""
+    return list(_OF_KERNEL[row.kernel](row, format, arch, mode, is_even))
+
+
 def grouped_points(rows: Iterable[TileRow] = TILES) -> list[CompilePoint]:
     """Every point of the experts' matmuls, one for rows that differ in their tokens only; names are unique per
     architecture."""

@@ -176,6 +176,11 @@ def _block_scaled(row: TileRow, pair: str, arch: str, is_even: bool) -> Iterator
 _OF_KERNEL = {"w4a16": _w4a16, "w4a8": _w4a8, "fp8": _fp8, "fp8_many": _fp8_many, "block_scaled": _block_scaled}
 
 
+def tile_points(row: TileRow, format: str, arch: str, is_even: bool) -> list[CompilePoint]:
+    """The points of a row, one of ``TILES`` or a candidate, as if it were used on ``arch``."""
+    return list(_OF_KERNEL[row.kernel](row, format, arch, is_even))
+
+
 def row_points(row: TileRow, format: str) -> Iterator[CompilePoint]:
     """The points of one row for one of its formats: wherever it is used, K that divides and K that does not."""
     for arch in used_on(row, format, COMPILED_ARCHS):

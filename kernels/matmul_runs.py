@@ -70,7 +70,9 @@ class StoredMatmul(ABC):
 
     def tile(self, shape: Shape, device: Any) -> dict[str, int]:
         key = self._tile_key(shape)
-        return asdict(find_tile(*key, arch_of(torch.device(device)), shape["m"])) if key else {}
+        if key is None:
+            return {}
+        return asdict(find_tile(*key, arch_of(torch.device(device)), shape["m"], n=shape["n"], k=shape["k"]))
 
     def _tile_key(self, shape: Shape) -> tuple[str, str] | None:
         """Kernel and format in ``tiles.py``; None for a kernel that is cut up elsewhere."""

@@ -242,9 +242,12 @@ def _mla_attention_kernel(
                     tl.store(parts_ptr + place[:, None] * RANK + chunk * WIDTH + columns, o, mask=mask_r[:, None])
 
 
-def choose_mla_tile(format: str, rows: int, arch: str) -> Tile:
-    """That of ``tiles.py``: block_m query rows, block_n tokens and block_k channels per load, for ``rows`` in all."""
-    return find_tile("mla_attention", format, arch, rows)
+def choose_mla_tile(format: str, rows: int, arch: str, **sizes: int) -> Tile:
+    """That of ``find_tile``: block_m query rows, block_n tokens and block_k channels per load, for ``rows`` in all.
+
+    ``sizes``: batch, and max_tokens, what the page table has room for.
+    """
+    return find_tile("mla_attention", format, arch, rows, **sizes)
 
 
 def mla_attention(
@@ -278,7 +281,9 @@ def mla_attention(
     require(q.device == device, "q", f"device {device}", q.device)
     require(0 < scale < float("inf"), "scale", "a positive number", scale)
     heads = q.shape[1]
-    tile = tile or choose_mla_tile(layout.format, heads * q_len, arch_of(device))
+    tile = tile or choose_mla_tile(
+        layout.format, heads * q_len, arch_of(device), batch=batch, max_tokens=page_table.shape[1] * layout.page_size
+    )
     row_blocks = triton.cdiv(heads * q_len, tile.block_m)
     if plan is None:
         good = lengths.shape == (batch,) and lengths.dtype == torch.int32 and lengths.device == device

@@ -63,6 +63,11 @@ def _point(row: TileRow, format: str, arch: str, has_drafts: bool) -> CompilePoi
     )  # fmt: skip
 
 
+def tile_points(row: TileRow, format: str, arch: str) -> list[CompilePoint]:
+    """The points of a row, one of ``TILES`` or a candidate, as if used on ``arch``: a query token, and drafts."""
+    return [_point(row, format, arch, has_drafts) for has_drafts in (False, True)]
+
+
 def _points() -> Iterator[CompilePoint]:
     for row in TILES:
         if row.kernel == "mla_attention":

@@ -33,6 +33,11 @@ def _score_scale(rank: int, rope: int) -> float:
     return (rank + rope) ** -0.5
 
 
+def _cached(shape: Shape) -> dict[str, int]:
+    """Sequences, and the tokens that their pages have room for."""
+    return {"batch": shape["batch"], "max_tokens": -(-shape["length"] // shape["page_size"]) * shape["page_size"]}
+
+
 class MlaAttention:
     """``mla_attention`` over a cache in ``weight``, without its plan, which all layers of a step share: it comes with
     the activations."""
@@ -84,7 +89,7 @@ class MlaAttention:
         q = exact_operand("bf16", *where).data if is_exact else random_matrix(*where)
         lengths = torch.full((shape["batch"],), shape["length"], dtype=torch.int32, device=device)
         sizes = torch.tensor([shape[name] for name in ("kv_lora_rank", "rope_dim", "q_len", "page_size")])
-        tile, programs = self._sizes(heads * shape["q_len"], torch.device(device))
+        tile, programs = self._sizes(heads * shape["q_len"], torch.device(device), **_cached(shape))
         plan = plan_attention(lengths, programs, tile.block_n, q_len=shape["q_len"])
         return {"q": q.view(tokens, heads, width), "lengths": lengths, "plan": plan.table, "sizes": sizes}
 
@@ -94,9 +99,9 @@ class MlaAttention:
 
     # -- the kernel --------------------------------------------------------------------------------
 
-    def _sizes(self, rows: int, device: torch.device) -> tuple[Tile, int]:
+    def _sizes(self, rows: int, device: torch.device, **sizes: int) -> tuple[Tile, int]:
         """(tile, programs) of a plan."""
-        tile = choose_mla_tile(self.format, rows, arch_of(device))
+        tile = choose_mla_tile(self.format, rows, arch_of(device), **sizes)
         return tile, num_plan_programs(-(-rows // tile.block_m), device, tile.num_warps)
 
     def launch(self, weights: Buffers, activations: Buffers, output: torch.Tensor) -> None:
@@ -104,7 +109,8 @@ class MlaAttention:
         rank, rope, q_len, page_size = activations["sizes"].tolist()  # on the host
         batch, heads = lengths.numel(), q.shape[1]
         cache = MlaCache(MlaLayout(self.format, rank, rope, page_size), weights["pages"], weights["factors"])
-        tile, programs = self._sizes(heads * q_len, q.device)
+        room = weights["page_table"].shape[1] * page_size
+        tile, programs = self._sizes(heads * q_len, q.device, batch=batch, max_tokens=room)
         plan = AttentionPlan(activations["plan"], batch, programs, tile.block_n, q_len, None, 0, programs + batch - 1)
         key = (plan.num_parts, q_len, heads, rank)
         if key not in self._parts:  # layers share them
@@ -116,7 +122,7 @@ class MlaAttention:
 
     def tile(self, shape: Shape, device: Any) -> dict[str, int]:
         rows = shape["num_heads"] * shape["q_len"]
-        return asdict(choose_mla_tile(self.format, rows, arch_of(torch.device(device))))
+        return asdict(choose_mla_tile(self.format, rows, arch_of(torch.device(device)), **_cached(shape)))
 
     # -- the reference -----------------------------------------------------------------------------
 

@@ -13,19 +13,20 @@ Source:  model code of DeepSeek-V3, Qwen3-MoE, Mixtral, gpt-oss in Hugging Face 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .checks import require, seen
 from .codec import QuantizedTensor
-from .grouped_experts import as_bf16, choose_tile, down, gate_up, grouped_tile
+from .grouped_experts import KERNEL_OF, QUANTIZING, as_bf16, choose_tile, down, gate_up, grouped_tile
 from .grouped_parts import combine
 from .moe_schedule import Schedule, empty_schedule, schedule
 from .moe_weights import GroupedWeight
 from .quantize import empty_quantized, quantize_activation
 from .routing import route
 from .routing_rule import Routing
+from .tiles import Tile
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ class MoeLayer:
         fits = lower.num_columns == upper.num_channels and lower.num_channels == upper.num_columns
         require(fits, "down", f"({upper.num_columns}, {upper.num_channels})", (lower.num_channels, lower.num_columns))
         require(lower.num_experts == upper.num_experts, "down", f"{upper.num_experts} experts", lower.num_experts)
+        for half, weight in (("gate_up", upper), ("down", lower)):
+            for name, part in weight.parts.items():
+                require(part.is_contiguous(), f"{half}.{name}", "contiguous", f"stride {part.stride()}")
         last, known = self.first_expert + upper.num_experts, self.routing.num_experts
         require(self.first_expert >= 0 and last <= known, "first_expert", f"experts within 0..{known}", last)
         for name, weight, format in (("x_format", upper, self.x_format), ("h_format", lower, self.h_format)):
@@ -80,16 +84,28 @@ class MoeLayer:
     def hidden(self) -> int:
         return self.gate_up.num_columns
 
-    def block_m(self, num_tokens: int) -> int:
-        """Rows of a block for so many tokens, those of all ranks: one that both matmuls have."""
+    def tiles(self, num_tokens: int) -> tuple[Tile, Tile]:
+        """Of gate-up and down for so many tokens, those of all ranks: with the rows of a block that both have."""
         rows, experts = num_tokens * self.routing.top_k, self.routing.num_experts
-        tile = choose_tile(self.gate_up, self.x_format, rows, experts)
-        return min(tile.block_m, choose_tile(self.down, self.h_format, rows, experts).block_m)
+        upper = choose_tile(self.gate_up, self.x_format, rows, experts)
+        lower = choose_tile(self.down, self.h_format, rows, experts)
+        if upper.block_m > lower.block_m:
+            upper = grouped_tile(self.gate_up, self.x_format, lower.block_m)[1]
+        elif lower.block_m > upper.block_m:
+            lower = grouped_tile(self.down, self.h_format, upper.block_m)[1]
+        return upper, lower
+
+    def block_m(self, num_tokens: int) -> int:
+        """Rows of a block of ``tiles``."""
+        return self.tiles(num_tokens)[0].block_m
 
 
 @dataclass(frozen=True)
 class MoeWorkspace:
-    """Intermediates of a layer at exactly ``num_tokens`` tokens; contents undefined between calls."""
+    """Intermediates of a layer at exactly ``num_tokens`` tokens; contents undefined between calls.
+
+    ``tiles``: of gate-up and down, chosen with the plan's blocks; None: those that ``grouped_tile`` has for these.
+    """
 
     ids: torch.Tensor
     weights: torch.Tensor
@@ -99,6 +115,7 @@ class MoeWorkspace:
     h: QuantizedTensor | None
     rows: torch.Tensor
     shared: MoeWorkspace | None = None
+    tiles: tuple[Tile, Tile] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -108,7 +125,8 @@ class MoeWorkspace:
 def empty_moe_workspace(layer: MoeLayer, num_tokens: int, device: torch.device | str) -> MoeWorkspace:
     """Room for ``num_tokens`` tokens of ``layer``, and of any layer of the same shape and formats."""
     top_k = layer.routing.top_k
-    plan = empty_schedule(num_tokens, top_k, layer.gate_up.num_experts, layer.block_m(num_tokens), device)
+    tiles = layer.tiles(num_tokens)
+    plan = empty_schedule(num_tokens, top_k, layer.gate_up.num_experts, tiles[0].block_m, device)
     shared = None
     if layer.shared_gate_up is not None and layer.shared_down is not None:
         block_m = _shared_block_m(layer, num_tokens)
@@ -117,8 +135,8 @@ def empty_moe_workspace(layer: MoeLayer, num_tokens: int, device: torch.device |
         shared = _workspace(layer, layer.shared_gate_up, constant, shared_plan, num_tokens, 1, device)
         shared.weights.fill_(1.0)
     ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
-    made = _workspace(layer, layer.gate_up, ids, plan, num_tokens, top_k, device)
-    return MoeWorkspace(made.ids, made.weights, made.plan, made.x, made.h_bf16, made.h, made.rows, shared)
+    made = _workspace(layer, layer.gate_up, ids, plan, num_tokens, top_k, device, tiles)
+    return replace(made, shared=shared)
 
 
 def _shared_block_m(layer: MoeLayer, num_tokens: int) -> int:
@@ -130,13 +148,14 @@ def _shared_block_m(layer: MoeLayer, num_tokens: int) -> int:
 
 def _workspace(
     layer: MoeLayer, upper: GroupedWeight, ids: torch.Tensor, plan: Schedule, num_tokens: int, top_k: int,
-    device: torch.device | str,
+    device: torch.device | str, tiles: tuple[Tile, Tile] | None = None,
 ) -> MoeWorkspace:  # fmt: skip
     rows, inter = num_tokens * top_k, upper.num_channels
     x = None if layer.x_format == "bf16" else empty_quantized(layer.x_format, num_tokens, layer.hidden, device)
     h = None if layer.h_format == "bf16" else empty_quantized(layer.h_format, rows, inter, device)
     # positions without a row are quantized with the others and never read: zeros keep them finite
-    plain = None if _writes_h(layer, upper, plan) else torch.zeros(rows, inter, dtype=torch.bfloat16, device=device)
+    is_written = _writes_h(layer, upper, plan, tiles)
+    plain = None if is_written else torch.zeros(rows, inter, dtype=torch.bfloat16, device=device)
     return MoeWorkspace(
         ids=ids,
         weights=torch.empty(num_tokens, top_k, dtype=torch.float32, device=device),
@@ -145,13 +164,16 @@ def _workspace(
         h_bf16=plain,
         h=h,
         rows=torch.empty(rows, layer.hidden, dtype=torch.bfloat16, device=device),
+        tiles=tiles,
     )
 
 
-def _writes_h(layer: MoeLayer, upper: GroupedWeight, plan: Schedule) -> bool:
+def _writes_h(layer: MoeLayer, upper: GroupedWeight, plan: Schedule, tiles: tuple[Tile, Tile] | None) -> bool:
     """Whether gate-up itself writes h in its format."""
-    kernel, tile = grouped_tile(upper, layer.x_format, plan.block_m)
-    return layer.h_format == "fp8_group" and kernel != "grouped_block_scaled" and tile.block_n == 256
+    if layer.h_format != "fp8_group" or KERNEL_OF[upper.format, layer.x_format, upper.layout] not in QUANTIZING:
+        return False
+    tile = tiles[0] if tiles else grouped_tile(upper, layer.x_format, plan.block_m)[1]
+    return tile.block_n == 256
 
 
 def moe_layer(
@@ -176,6 +198,13 @@ def moe_layer(
     workspace = empty_moe_workspace(layer, tokens, device) if workspace is None else workspace
     require(workspace.num_tokens == tokens, "workspace", f"one for {tokens} tokens", workspace.num_tokens)
     out = torch.empty(tokens, layer.hidden, dtype=torch.bfloat16, device=device) if out is None else out
+    fits = out.shape == x.shape and out.dtype in (torch.bfloat16, torch.float32) and out.is_contiguous()
+    require(
+        fits and out.device == device,
+        "out",
+        f"BF16 or FP32 (T, hidden) {tuple(x.shape)} on {device}, contiguous",
+        seen(out),
+    )
     ids, weights = route(logits, layer.routing, layer.bias, ids=workspace.ids, weights=workspace.weights)
     local, first = layer.gate_up.num_experts, layer.first_expert
     plan = schedule(ids, local, workspace.plan.block_m, first_expert=first, out=workspace.plan)
@@ -198,13 +227,14 @@ def _experts(
 ) -> torch.Tensor:  # fmt: skip
     """Rows (T k, hidden), weighted; those of other ranks' experts are not written."""
     top_k = weights.shape[1]
+    tile, down_tile = workspace.tiles or (None, None)
     if workspace.h_bf16 is None:
-        h = gate_up(x, upper, plan, top_k=top_k, activation=layer.activation, out=workspace.h)
+        h = gate_up(x, upper, plan, top_k=top_k, activation=layer.activation, tile=tile, out=workspace.h)
         assert isinstance(h, QuantizedTensor)
-        return down(h, lower, plan, weights, out=workspace.rows)
-    plain = gate_up(x, upper, plan, top_k=top_k, activation=layer.activation, out=workspace.h_bf16)
+        return down(h, lower, plan, weights, tile=down_tile, out=workspace.rows)
+    plain = gate_up(x, upper, plan, top_k=top_k, activation=layer.activation, tile=tile, out=workspace.h_bf16)
     assert isinstance(plain, torch.Tensor)
     h = as_bf16(plain)
     if workspace.h is not None:
         h = quantize_activation(plain, layer.h_format, global_scale=layer.h_scale, out=workspace.h)
-    return down(h, lower, plan, weights, out=workspace.rows)
+    return down(h, lower, plan, weights, tile=down_tile, out=workspace.rows)

@@ -102,7 +102,7 @@ class MoeRun:
 
     def tile(self, shape: Shape, device: Any) -> dict[str, int]:
         """Of gate-up, at this load's average."""
-        parts = {"data": torch.empty(1, 1, 1, device=device)}
+        parts = {"data": torch.empty(1, 1, 1, device=device).expand(local_experts(shape), 1, 1)}
         w = GroupedWeight(self.weight, self.layout, parts, shape["inter"], shape["hidden"], True)
         return asdict(choose_tile(w, self.activation, shape["num_tokens"] * shape["top_k"], shape["num_experts"]))
 

@@ -224,9 +224,12 @@ def _paged_attention_kernel(
                 tl.store(parts_ptr + place[None, :] * HEAD_DIM + offs_d[:, None], o, mask=mask_r[None, :])
 
 
-def choose_attention_tile(head_dim: int, format: str, rows: int, arch: str) -> Tile:
-    """That of ``tiles.py``: block_m query rows and block_n tokens per program, for ``rows`` query rows per KV head."""
-    return find_tile(f"attention_d{head_dim}", format, arch, rows)
+def choose_attention_tile(head_dim: int, format: str, rows: int, arch: str, **sizes: int) -> Tile:
+    """That of ``find_tile``: block_m query rows and block_n tokens per program, for ``rows`` query rows per KV head.
+
+    ``sizes``: batch, kv_heads, window (0 without) and max_tokens, what the page table has room for.
+    """
+    return find_tile(f"attention_d{head_dim}", format, arch, rows, **sizes)
 
 
 def check_queries(q: torch.Tensor, batch: int, q_len: int, head_dim: int, device: torch.device) -> None:
@@ -308,7 +311,10 @@ def paged_attention(
         require(good and sinks.is_contiguous(), "sinks", f"float32 or bfloat16 ({heads},)", seen(sinks))
         require(sinks.device == device, "sinks", f"device {device}", sinks.device)
     group = heads // kv_heads
-    tile = tile or choose_attention_tile(layout.head_dim, layout.format, group * q_len, arch_of(device))
+    tile = tile or choose_attention_tile(
+        layout.head_dim, layout.format, group * q_len, arch_of(device), batch=batch, kv_heads=kv_heads,
+        window=window or 0, max_tokens=page_table.shape[1] * layout.page_size,
+    )  # fmt: skip
     row_blocks = triton.cdiv(group * q_len, tile.block_m)
     if plan is None:
         require(lengths.device == device, "lengths", f"device {device}", lengths.device)

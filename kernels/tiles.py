@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .tuned import tuned_tile
+
 ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120")
 """Architectures a row may name."""
 
@@ -228,9 +230,13 @@ def find_row(kernel: str, format: str, arch: str, num_tokens: int) -> TileRow:
     return min(fitting, key=lambda row: (row.max_tokens, not row.archs))
 
 
-def find_tile(kernel: str, format: str, arch: str, num_tokens: int) -> Tile:
-    """The tile of that row. Raises as ``find_row``."""
-    return find_row(kernel, format, arch, num_tokens).tile
+def find_tile(kernel: str, format: str, arch: str, num_tokens: int, **sizes: int) -> Tile:
+    """The tile of that row, or the tuned one in use for exactly these tokens and sizes: see ``tuned.py``.
+
+    ``sizes``: all that the launch knows of its shape; without them no tuned tile is looked for. Raises as ``find_row``.
+    """
+    tuned = tuned_tile(kernel, format, arch, {"tokens": num_tokens, **sizes}) if sizes else None
+    return tuned or find_row(kernel, format, arch, num_tokens).tile
 
 
 def used_on(row: TileRow, format: str, archs: Iterable[str]) -> list[str]:

@@ -156,7 +156,7 @@ def w4a16_matmul(
     require(x.device == weight.words.device, "x", f"device {weight.words.device}", x.device)
     tokens, rows, columns = x.shape[0], weight.num_rows, weight.num_columns
     out = check_out(out, tokens, rows, out_dtype, x.device)
-    tile = check_w4a16_tile(tile or find_tile("w4a16", weight.format, arch_of(x.device), tokens))
+    tile = check_w4a16_tile(tile or find_tile("w4a16", weight.format, arch_of(x.device), tokens, n=rows, k=columns))
     n_tiles, k_tiles = weight.words.shape[:2]
     parts_n, blocks_m = TILE_N // tile.block_n, triton.cdiv(tokens, tile.block_m)
     unroll = tile.block_k // TILE_K if k_tiles % 2 == 0 else 1  # an odd number of tiles cannot be taken in pairs

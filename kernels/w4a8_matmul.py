@@ -188,7 +188,7 @@ def w4a8_matmul(
     require(x_scale.device == x.device, "x_scale", f"device {x.device}", x_scale.device)
     out = check_out(out, tokens, rows, out_dtype, x.device)
     format = "fp8_group" if is_group else "fp8_row"
-    tile = check_tile(tile or find_tile("w4a8", format, arch_of(x.device), tokens))
+    tile = check_tile(tile or find_tile("w4a8", format, arch_of(x.device), tokens, n=rows, k=columns))
     parts, blocks = TILE_N // tile.block_n, triton.cdiv(tokens, tile.block_m)
     unroll = tile.block_k // TILE_K if k_tiles % 2 == 0 else 1  # an odd number of tiles cannot be taken in pairs
     splits, per_split = plan_splits(split_k, n_tiles * parts * blocks, k_tiles // unroll, x.device)

@@ -1,7 +1,7 @@
 """Shared fixtures: the installed published tables, and a small tree of made-up ones.
 
 Without a GPU, kernels run on Triton's interpreter: the switch must be set before any kernel is
-imported, and the repairs of ``support/triton_interpreter.py`` make its results true.
+imported, and the repairs of ``bench/interpreter.py`` make its results true.
 """
 
 from __future__ import annotations
@@ -20,8 +20,14 @@ if shutil.which("nvidia-smi") is None:
 
 @pytest.fixture(scope="session", autouse=True)
 def compilations(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What one test has compiled no other compiles again; nothing is left from, or for, another run."""
-    os.environ["TOKENFAB_CACHE"] = str(tmp_path_factory.mktemp("compilations"))
+    """What one test has compiled no other compiles again; nothing is left from, or for, another run.
+
+    Workers of pytest-xdist share it: their temporary folders lie in one.
+    """
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compilations"
+    folder.mkdir(exist_ok=True)
+    os.environ["TOKENFAB_CACHE"] = str(folder)
 
 
 @pytest.fixture(scope="session")

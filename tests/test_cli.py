@@ -214,7 +214,7 @@ def test_config_by_path_works(config: Any) -> None:
     assert run_json("step", config(), *ON_H100, "--parallel", "tp2")["points"][0]["gpus"] == 2
 
 
-def test_truncated_table_is_one_line_and_exit_code_2(tree: Any) -> None:
+def test_r23_truncated_table_is_one_line_and_exit_code_2(tree: Any) -> None:
     root, write = tree
     rows = {"gemm_dtype": "bfloat16", "m": [1, 2], "n": 32, "k": 32, "latency": [1.0, 2.0]}
     path = write("h100_sxm/gemm/vllm/2.0/gemm_perf", rows)

@@ -47,6 +47,8 @@ def test_wheel_holds_every_module_and_data_file(wheel: set[str]) -> None:
         for path in (ROOT / room).glob("*.py")
     }
     expected |= {f"tokenfab/{path.relative_to(ROOT)}" for path in (ROOT / "bench" / "models").glob("*.json")}
+    for data in ("templates/*.py", "recorded/*.json*", "tuned/*.json"):
+        expected |= {f"tokenfab/{path.relative_to(ROOT)}" for path in (ROOT / "bench").glob(data)}
     expected |= {
         "tokenfab/__init__.py",
         "tokenfab/__main__.py",
@@ -64,7 +66,9 @@ def test_rooms_import_each_other_relatively_and_no_top_level_kernels() -> None:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ImportFrom) and node.level == 0:
                     assert node.module is not None
-                    assert node.module.split(".")[0] not in {"tokenfab", "commands", "kernels", "bench", "costing"}, path
+                    assert node.module.split(".")[0] not in {"tokenfab", "commands", "kernels", "bench", "costing"}, (
+                        path
+                    )
 
 
 def test_files_stay_readable() -> None:

@@ -11,9 +11,9 @@ import pytest
 def device() -> object:
     torch = pytest.importorskip("torch")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        import triton_interpreter
+        from tokenfab.bench import interpreter
 
-        triton_interpreter.install()
+        interpreter.install()
         torch.set_num_threads(1)
         return torch.device("cpu")
     return torch.device("cuda")

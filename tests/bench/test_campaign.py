@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import msgspec
 import pytest
 import torch
 from tokenfab.bench import campaign
-from tokenfab.bench.campaign import Outcome, gpu_of, kernel_hash, run_targets, summaries
+from tokenfab.bench.campaign import Outcome, gpu_of, run_targets
 from tokenfab.bench.cases import checksum, compute_floor_s, make_anchor, make_case
 from tokenfab.bench.cuda_device import TorchBuffers
 from tokenfab.bench.device import DeviceProperties, DeviceState, MethodUnavailable, Replay
@@ -21,6 +23,7 @@ from tokenfab.bench.kernel_tables import summaries_table
 from tokenfab.bench.measurement import Check, Settings
 from tokenfab.bench.peers import COPY, PEERS
 from tokenfab.bench.records import RecordStore
+from tokenfab.bench.summaries import QUICK, QUICK_FOLDER, kernel_hash, summaries
 from tokenfab.bench.targets import Target
 from tokenfab.kernels.quantize_points import QUANTIZE_OPS
 from tokenfab.kernels.registry import Kernel, find_kernels
@@ -129,6 +132,46 @@ def test_library_kernels_are_measured_alike(bench: Any) -> None:
     (row,) = [each for each in summaries(bench.store.records()) if each.point.op == "copy"]
     assert row.bytes_per_s == pytest.approx(2 * (1 << 16) / CALL_S)
     assert row.anchor is None
+
+
+def test_an_absent_library_is_skipped_with_its_reason(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    absent = next(peer for peer in PEERS if peer.library == "deep_gemm.fp8_gemm_nt")
+    skipped, measured = bench(target(kernel=absent), target(), has_anchor=False)
+    assert skipped.record is None
+    assert skipped.skipped == "module deep_gemm: expected its folder on PYTHONPATH; found none"
+    assert measured.record is not None
+
+
+def test_a_library_that_fails_is_skipped_with_its_reason(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise RuntimeError("no algorithm for this shape")
+
+    peer = next(peer for peer in PEERS if peer.library == "torch.matmul")
+    monkeypatch.setattr(torch, "matmul", refuse)
+    skipped, measured = bench(target(kernel=peer), target(), has_anchor=False)
+    assert skipped.skipped == ("gemm/bf16-bf16@torch.matmul: launch: RuntimeError: no algorithm for this shape")
+    assert measured.record is not None
+
+
+def test_a_library_that_cannot_be_imported_is_skipped(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(campaign, "absence", lambda kernel: "")  # it is there, and broken
+    monkeypatch.setitem(sys.modules, "deep_gemm", None)
+    absent = next(peer for peer in PEERS if peer.library == "deep_gemm.fp8_gemm_nt")
+    skipped, measured = bench(target(kernel=absent), target(), has_anchor=False)
+    assert "deep_gemm.fp8_gemm_nt: import: ModuleNotFoundError" in skipped.skipped
+    assert measured.record is not None
+
+
+def test_a_first_look_says_so(bench: Any, on_cpu: torch.device, tmp_path: Path) -> None:
+    store = RecordStore(tmp_path / QUICK_FOLDER, "h100.jsonl")
+    more: dict[str, Any] = {"has_anchor": False, "buffers_on": "cpu"}
+    run_targets([target()], VirtualDevice(), H100, store, settings=QUICK, **more)  # type: ignore[arg-type]
+    bench(target(), has_anchor=False)
+    (quick,), (slow,) = summaries(store.records()), summaries(bench.store.records())
+    assert (quick.is_quick, slow.is_quick) == (True, False)
+    assert quick.point == slow.point
+    assert quick.floor_s == slow.floor_s > 0
 
 
 def test_attention_is_measured_alike(bench: Any) -> None:
@@ -272,7 +315,7 @@ def test_summary_over_processes(bench: Any) -> None:
     assert row.as_dict()["library"] == "tokenfab"
 
 
-def test_a_kernels_hash_follows_its_source_and_a_librarys_its_version(tmp_path: Path) -> None:
+def test_r18_a_kernels_hash_follows_its_source_and_a_librarys_its_version(tmp_path: Path) -> None:
     kernel, properties = find_kernels("gemm", ["mxfp4-bf16"])[0], VirtualDevice().properties
     assert kernel_hash(kernel, properties) == kernel_hash(kernel, properties)
     fewer = dataclasses.replace(kernel, sources=kernel.sources[:-1])

@@ -224,7 +224,7 @@ CHEATS: list[tuple[str, Kernel, str]] = [
 
 
 @pytest.mark.parametrize(("name", "kernel", "reason"), CHEATS, ids=[name for name, _, _ in CHEATS])
-def test_cheats_are_found_out(name: str, kernel: Kernel, reason: str) -> None:
+def test_r19_cheats_are_found_out(name: str, kernel: Kernel, reason: str) -> None:
     measurement = run(kernel)
     assert any(found.startswith(reason) for found in measurement.invalid), measurement.invalid
     # the one check that names it is enough: none is caught by another's luck
@@ -373,7 +373,7 @@ def test_floor_by_policy(
     assert measurement.flags == flags
 
 
-def test_floors_of_a_measurement(valid: Measurement) -> None:
+def test_r20_floors_of_a_measurement(valid: Measurement) -> None:
     assert valid.bytes == 49_200_000
     assert valid.floor_s == pytest.approx(16.4e-6)
     assert valid.hard_floor_s == pytest.approx(16e-6)

@@ -419,7 +419,7 @@ def answer(tmp_path: Path) -> dict[str, Any]:
     return {"facts": {"registers": 1}, "dependencies": {str(source): digest}}
 
 
-def test_the_cache_serves_only_what_nothing_has_changed(tmp_path: Path, answer: dict[str, Any]) -> None:
+def test_r18_the_cache_serves_only_what_nothing_has_changed(tmp_path: Path, answer: dict[str, Any]) -> None:
     folder = tmp_path / "made" / "by" / "it"
 
     def cache(**changed: str) -> Cache:
@@ -441,7 +441,7 @@ def test_the_cache_serves_only_what_nothing_has_changed(tmp_path: Path, answer: 
     assert cache().get(JOB) is None
 
 
-def test_the_environment_that_steers_the_compiler_is_part_of_the_key(
+def test_r18_the_environment_that_steers_the_compiler_is_part_of_the_key(
     tmp_path: Path, answer: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Cache(tmp_path / "c", {}).put(JOB, answer)

@@ -107,7 +107,7 @@ def test_sequences_and_rows_of_an_attention_group(
         ({"exchange": "broadcast"}, "exchange"),
     ],
 )
-def test_an_absurd_deployment_is_refused_by_field(changes: dict[str, Any], field: str) -> None:
+def test_r27_an_absurd_deployment_is_refused_by_field(changes: dict[str, Any], field: str) -> None:
     got = re.escape(str(changes[field]))
     with pytest.raises(ValueError, match=rf"^{field}: expected .+; got {got}$"):
         replace(DSV3_EP8, **changes)

@@ -540,6 +540,6 @@ def test_a_relative_path_is_read_each_time(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name", ["", "x" * 300, "\0"])
-def test_names_no_file_can_have_are_refused(name: str) -> None:
+def test_r26_names_no_file_can_have_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="model: |embedded null"):
         load_model(name)

@@ -186,7 +186,7 @@ def gemm_rows(**columns: Any) -> dict[str, Any]:
     return {"gemm_dtype": "bfloat16", "m": [1, 2], "n": 32, "k": 32, "latency": [0.5, 0.75], **columns}
 
 
-def test_milliseconds_become_seconds(tree: Any) -> None:
+def test_r27_milliseconds_become_seconds(tree: Any) -> None:
     root, write = tree
     write("h100_sxm/gemm/vllm/2.0/gemm_perf", gemm_rows())
     data = PublishedData(root)
@@ -226,7 +226,7 @@ def test_reuse_declaration_comes_before_older_versions(tree: Any) -> None:
         (lambda path: path.write_bytes(b""), "expected a whole Parquet file of gemm rows"),
     ],
 )
-def test_spoilt_file_is_a_typed_error_that_names_it(tree: Any, spoil: Any, message: str) -> None:
+def test_r23_spoilt_file_is_a_typed_error_that_names_it(tree: Any, spoil: Any, message: str) -> None:
     root, write = tree
     path = write("h100_sxm/gemm/vllm/2.0/gemm_perf", gemm_rows())
     spoil(path)

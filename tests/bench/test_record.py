@@ -76,7 +76,7 @@ def test_no_record_has_a_cost() -> None:
         decode(altered(cost_usd=1.0), "line")
 
 
-def test_an_invalid_measurement_is_kept_without_a_time() -> None:
+def test_r20_an_invalid_measurement_is_kept_without_a_time() -> None:
     record = Record.of(POINT, WRONG, ENVIRONMENT)
     again = decode(encode(record), "line")
     assert again == record
@@ -175,7 +175,7 @@ NOT_RECORDS: list[tuple[str, bytes, str]] = [
 
 
 @pytest.mark.parametrize(("line", "message"), [row[1:] for row in NOT_RECORDS], ids=[row[0] for row in NOT_RECORDS])
-def test_what_is_no_record_is_refused_by_file_and_line(store: RecordStore, line: bytes, message: str) -> None:
+def test_r23_what_is_no_record_is_refused_by_file_and_line(store: RecordStore, line: bytes, message: str) -> None:
     store.append(numbered(1))
     with store.path.open("ab") as file:
         file.write(line.rstrip(b"\n") + b"\n" + LINE)
@@ -191,7 +191,7 @@ def test_what_is_no_record_is_refused_by_file_and_line(store: RecordStore, line:
         store.done(POINT)
 
 
-def test_newer_schema_is_told_apart(store: RecordStore) -> None:
+def test_r23_newer_schema_is_told_apart(store: RecordStore) -> None:
     store.append(numbered(1))
     with store.path.open("ab") as file:
         file.write(altered(schema_version=SCHEMA_VERSION + 1, new_field={"a": 1}) + b"\n")
@@ -214,7 +214,7 @@ def is_record_or_typed_error(line: bytes) -> bool:
     st.lists(st.tuples(st.integers(0, len(LINE) - 1), st.integers(0, 255)), min_size=1, max_size=4),
     st.integers(0, len(LINE)),
 )
-def test_damaged_lines_are_records_or_typed_errors(changes: list[tuple[int, int]], length: int) -> None:
+def test_r23_damaged_lines_are_records_or_typed_errors(changes: list[tuple[int, int]], length: int) -> None:
     damaged = bytearray(LINE)
     for place, value in changes:
         damaged[place] = value
@@ -231,7 +231,7 @@ JSON = st.recursive(
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from([row[0] for row in FORGED if row[0]]), JSON)
-def test_any_json_anywhere_is_a_record_or_a_typed_error(path: tuple[str | int, ...], value: Any) -> None:
+def test_r23_any_json_anywhere_is_a_record_or_a_typed_error(path: tuple[str | int, ...], value: Any) -> None:
     assert is_record_or_typed_error(altered(path, value))
 
 

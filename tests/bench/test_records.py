@@ -62,12 +62,12 @@ def test_reading_is_streaming(store: RecordStore) -> None:
     ["", "a", ".jsonl", "../a.jsonl", "a/b.jsonl", "/a.jsonl", "a..jsonl", "a.jsonl\n", "a\0.jsonl", "-a.jsonl",
      ".hidden.jsonl", "a" * 200 + ".jsonl", "a.JSONL", "a.pickle", "a\\b.jsonl", "é.jsonl"],
 )  # fmt: skip
-def test_names_that_are_no_plain_names_are_refused(tmp_path: Path, name: str) -> None:
+def test_r26_names_that_are_no_plain_names_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"^name: expected a plain file name ending in \.jsonl; got "):
         RecordStore(tmp_path, name)
 
 
-def test_links_pipes_and_folders_are_not_followed(tmp_path: Path) -> None:
+def test_r26_links_pipes_and_folders_are_not_followed(tmp_path: Path) -> None:
     target = tmp_path / "target.jsonl"
     target.write_bytes(LINE)
     (tmp_path / "link.jsonl").symlink_to(target)
@@ -84,7 +84,7 @@ def test_links_pipes_and_folders_are_not_followed(tmp_path: Path) -> None:
     assert target.read_bytes() == LINE
 
 
-def test_torn_line_is_reported_skipped_and_moved_aside(store: RecordStore) -> None:
+def test_r23_torn_line_is_reported_skipped_and_moved_aside(store: RecordStore) -> None:
     for number in range(2):
         store.append(numbered(number))
     torn = encode(numbered(2))[:1000]
@@ -120,7 +120,7 @@ def test_line_that_only_lacks_its_end_is_kept(store: RecordStore) -> None:
     assert not store.path.with_name("h100.jsonl.torn").exists()
 
 
-def test_huge_lines_are_refused(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_r23_huge_lines_are_refused(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
     store.append(numbered(1))
     first = store.path.stat().st_size
     monkeypatch.setattr(records_module, "MAX_LINE_BYTES", first + 10)
@@ -193,7 +193,7 @@ BEFORE = [
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9999, 1.0])
 @pytest.mark.parametrize(("before", "old", "torn"), [row[1:] for row in BEFORE], ids=[row[0] for row in BEFORE])
-def test_kill_at_each_step_loses_nothing(
+def test_r21_kill_at_each_step_loses_nothing(
     tmp_path: Path, before: bytes, old: list[int], torn: bytes, share: float
 ) -> None:
     outcomes = set()
@@ -230,7 +230,7 @@ def test_kill_at_each_step_loses_nothing(
     assert outcomes == {len(old), len(old) + 1}
 
 
-def test_full_disk_leaves_the_file_as_it_was(store: RecordStore) -> None:
+def test_r21_full_disk_leaves_the_file_as_it_was(store: RecordStore) -> None:
     store.append(numbered(0))
     before = store.path.read_bytes()
 
@@ -247,7 +247,7 @@ def test_full_disk_leaves_the_file_as_it_was(store: RecordStore) -> None:
     assert store.path.read_bytes() == before
 
 
-def test_failed_sync_is_no_success(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_r21_failed_sync_is_no_success(store: RecordStore, monkeypatch: pytest.MonkeyPatch) -> None:
     store.append(numbered(0))
 
     def fail(descriptor: int) -> None:
@@ -283,7 +283,7 @@ def test_a_line_is_one_write_and_one_sync_under_a_lock(store: RecordStore, monke
     assert calls == ["flock", "write", "fsync", "flock"]
 
 
-def test_eight_writers_lose_nothing(store: RecordStore) -> None:
+def test_r22_eight_writers_lose_nothing(store: RecordStore) -> None:
     def write(writer: int) -> None:
         for number in range(20):
             store.append(numbered(100 * writer + number))
@@ -365,7 +365,7 @@ def test_done_reads_only_what_is_new(store: RecordStore, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("killed_after", [0, 1, 5, 11])
-def test_resumed_run_gives_the_same_set(tmp_path: Path, killed_after: int) -> None:
+def test_r21_resumed_run_gives_the_same_set(tmp_path: Path, killed_after: int) -> None:
     plan = [(numbered(number).point, process) for process in ("one", "two", "three") for number in range(4)]
 
     def run(store: RecordStore, limit: int = 100) -> int:

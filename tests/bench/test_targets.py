@@ -16,6 +16,7 @@ from tokenfab.bench.targets import DEFAULT_BATCHES, DEFAULT_MODELS, capability, 
 from tokenfab.kernels.registry import find_kernels
 
 SCALED_MM = {"gemm/fp8-fp8@torch._scaled_mm", "gemm/fp8_row-fp8_row@torch._scaled_mm"}
+BLOCK_SCALED = {"gemm/fp8_block-fp8_group@torch._scaled_mm", "gemm/fp8_block-fp8_group@torchao.blockwise_fp8_gemm"}
 H100, B200 = get_gpu("h100"), get_gpu("b200")
 
 
@@ -28,7 +29,7 @@ def names(*args: object, **changes: object) -> dict[str, set[tuple[int, ...]]]:
 
 def test_shapes_are_the_models_own() -> None:
     found = names("gemm", None, ["deepseek-v3"], [64], H100)
-    assert set(found) == {"gemm/fp8_block-fp8_group", *SCALED_MM}
+    assert set(found) == {"gemm/fp8_block-fp8_group", *SCALED_MM, *BLOCK_SCALED}
     shapes = found["gemm/fp8_block-fp8_group"]
     assert {(64, 7168, 16384), (64, 24576, 1536), (64, 2112, 7168), (64, 4096, 7168), (64, 7168, 2048)} <= shapes
     assert (64, 256, 7168) not in shapes  # the router is BF16
@@ -52,7 +53,8 @@ def test_a_checkpoint_without_kernels_gets_all_formats() -> None:
 def test_asked_formats_only_and_their_peers() -> None:
     found = names("gemm", ["mxfp4-bf16"], ["deepseek-v3"], [1], H100)
     assert set(found) == {"gemm/mxfp4-bf16", "gemm/bf16-bf16@torch.matmul"}
-    assert {peer.name for peer in peers_of(find_kernels("gemm", ["nvfp4-nvfp4"]))} == SCALED_MM
+    peers = {peer.name for peer in peers_of(find_kernels("gemm", ["nvfp4-nvfp4"]))}
+    assert peers == {*SCALED_MM, *BLOCK_SCALED, "gemm/fp8_block-fp8_group@deep_gemm.fp8_gemm_nt"}
 
 
 def test_copy_moves_what_it_says_and_rotates_all() -> None:

@@ -60,7 +60,7 @@ def test_price_and_throughput_are_inverse(tokens_per_s: float, usd_per_hour: flo
 
 
 @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
-def test_absurd_values_are_errors_never_free_or_infinite(value: float) -> None:
+def test_r27_absurd_values_are_errors_never_free_or_infinite(value: float) -> None:
     for call in (
         lambda: usd_per_mtok(value, 1.0),
         lambda: usd_per_mtok(1.0, value),

@@ -45,7 +45,7 @@ def test_placeholders_of_the_source_say_so() -> None:
     assert noted == {("b300", "2026-02"), ("gb300", "2026-02")}
 
 
-def test_missing_price_lists_what_there_is() -> None:
+def test_r27_missing_price_lists_what_there_is() -> None:
     with pytest.raises(ValueError, match=r"price: no rent_3yr price for l40s; known: none\. Give --usd-per-gpu-hour"):
         PriceBook.read().look_up("l40s")
     with pytest.raises(
@@ -57,7 +57,7 @@ def test_missing_price_lists_what_there_is() -> None:
 
 
 @pytest.mark.parametrize("value", [0, -2.0, math.nan, math.inf])
-def test_stated_price_must_be_positive(value: float) -> None:
+def test_r27_stated_price_must_be_positive(value: float) -> None:
     with pytest.raises(ValueError, match="usd_per_gpu_hour: expected a positive number"):
         stated_price("h100", value)
 
@@ -86,7 +86,7 @@ def test_file_of_your_own(tmp_path: Path) -> None:
         ("schema_version = ", "prices: "),
     ],
 )
-def test_spoilt_file_is_one_error(tmp_path: Path, text: str, message: str) -> None:
+def test_r27_spoilt_file_is_one_error(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "prices.toml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):

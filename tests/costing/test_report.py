@@ -118,7 +118,7 @@ def test_hover_tells_the_point(browser: Any, report: Path) -> None:
     assert errors == []
 
 
-def test_hostile_names_are_inert(browser: Any, studies: list[StudyResult], tmp_path: Path) -> None:
+def test_r25_hostile_names_are_inert(browser: Any, studies: list[StudyResult], tmp_path: Path) -> None:
     """A model's folder, a price's note: any text may hold markup."""
     study_0 = studies[0]
     price = replace(stated_price("h100", 2.0), source=HOSTILE, note=HOSTILE, tier=HOSTILE)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 from tokenfab.bench.memory import largest_batch
-from tokenfab.bench.published import PublishedData
+from tokenfab.bench.published import PROVENANCES, PublishedData
+from tokenfab.bench.records import RecordStore
+from tokenfab.costing.document import document
+from tokenfab.costing.report import write_report
 from tokenfab.costing.study import StudyResult, choose_precision, price_step, run_study, study
 from tokenfab.costing.sweep import Parallel, best_points, frontier
-from tokenfab.costing.tables import skipped_lines
+from tokenfab.costing.tables import points_table, skipped_lines
+from tokenfab.tests.bench.recorded_points import recorded
 
 
 @pytest.mark.parametrize(
@@ -122,7 +127,7 @@ def test_defaults_are_the_checkpoints_precision_and_the_fewest_gpus() -> None:
         choose_precision(plan.sweep.model, None, "mxfp4")
 
 
-def test_missing_price_fails_before_the_work(published: PublishedData) -> None:
+def test_r27_missing_price_fails_before_the_work(published: PublishedData) -> None:
     with pytest.raises(ValueError, match="no rent_3yr price for l40s"):
         study("qwen3-30b-a3b", ["l40s"], ["vllm"], None, None)
     assert (
@@ -136,3 +141,68 @@ def test_missing_price_fails_before_the_work(published: PublishedData) -> None:
 def test_published_data_must_be_a_tree(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a folder with query_versions\.yaml"):
         study("qwen3-30b-a3b", ["h100"], ["vllm"], None, None, published_data=tmp_path)
+
+
+@pytest.fixture
+def own_records(tmp_path: Path) -> Path:
+    """The experts of Qwen3-30B-A3B at 64 and 128 tokens: most of a step's time."""
+    formats = {"weight": "fp8_block", "activation": "fp8_group"}
+    sizes = {"hidden": 2048, "inter": 768, "top_k": 8, "num_experts": 128, "ep": 1, "load": 0}
+    for tokens, time_s in ((64, 3e-4), (128, 3.2e-4)):
+        RecordStore(tmp_path, "h100.jsonl").append(recorded("moe", formats, {"num_tokens": tokens, **sizes}, time_s))
+    return tmp_path
+
+
+def test_records_of_tokenfabs_kernels_are_a_stack_beside_the_published(own_records: Path) -> None:
+    found = run_study(
+        study("qwen3-30b-a3b", ["h100", "h200"], ["tokenfab", "tokenfab+vllm", "vllm"], ["tp1"], [64, 96],
+              precision="fp8", records=own_records)
+    )  # fmt: skip
+    places = {(p.step.gpu.name, p.step.stack.name, p.step.deployment.batch_per_gpu): p for p in found.points}
+    h100 = {("h100", name, batch) for name in ("tokenfab", "tokenfab+vllm") for batch in (64, 96)}
+    assert set(places) == h100 | {(gpu, "vllm", batch) for gpu in ("h100", "h200") for batch in (64, 96)}
+    assert {(row.gpu, row.stack, row.parallel) for row in found.skipped} == {
+        ("h200", "tokenfab", "all"), ("h200", "tokenfab+vllm", "all"),
+    }  # fmt: skip
+    own, mixed = (places["h100", name, 64] for name in ("tokenfab", "tokenfab+vllm"))
+    experts = 48 * 3e-4
+    assert own.step.coverage()["measured here"] == pytest.approx(experts / own.step.step_s)
+    assert mixed.step.coverage()["measured here"] == pytest.approx(experts / mixed.step.step_s)
+    assert mixed.step.coverage()["measured"] > 0
+    assert places["h100", "tokenfab", 96].step.coverage()["interpolated here"] > 0.3
+    (line,) = skipped_lines(found.skipped)
+    assert line.startswith(f"all: records: expected valid records of tokenfab's kernels on h200 in {own_records}")
+
+
+def test_a_study_without_a_record_says_where_it_looked(tmp_path: Path) -> None:
+    for price in (run_study, price_step):
+        with pytest.raises(ValueError, match=rf"kernels on h100 in {tmp_path}; got none"):
+            price(study("qwen3-30b-a3b", ["h100"], ["tokenfab"], ["tp1"], [64], records=tmp_path))
+
+
+def test_every_provenance_is_in_table_document_and_report(own_records: Path, tmp_path: Path) -> None:
+    found = run_study(
+        study("qwen3-30b-a3b", ["h100"], ["vllm", "tokenfab+vllm"], ["tp1"], [64, 128], precision="fp8",
+              records=own_records)
+    )  # fmt: skip
+    table = points_table("title", found.points)
+    heads = [str(column.header) for column in table.columns]
+    shares = list(table.columns[heads.index("here/meas/interp here/interp/model")].cells)
+    assert all(str(cell).count("/") == 4 for cell in shares)
+    assert str(shares[0]).startswith("0%/")
+    assert not str(shares[2]).startswith("0%/")
+    assert "meas/interp/model" in [str(column.header) for column in points_table("title", found.points[:2]).columns]
+    documents = {(p["stack"], p["batch_per_gpu"]): p for p in document("qwen3-30b-a3b", found.points)["points"]}
+    assert set(documents["vllm", 64]["coverage"]) == {"measured", "interpolated", "modelled"}
+    mixed = documents["tokenfab+vllm", 64]
+    assert set(mixed["coverage"]) == set(PROVENANCES)
+    assert {op["provenance"] for op in mixed["ops"] if op["op"] == "experts"} == {"measured here"}
+    write_report(tmp_path / "report.html", [found], 1.0, 1.0)
+    text = (tmp_path / "report.html").read_text()
+    figures = json.JSONDecoder().raw_decode(text[text.index("const figures = ") + len("const figures = ") :])[0]
+    shapes = {trace["name"].split(", ")[1]: trace["marker"]["pattern"]["shape"]
+              for trace in figures["breakdown-0"]["data"]}  # fmt: skip
+    assert shapes["measured here"] == "."
+    assert len(set(shapes.values())) == len(shapes)
+    assert "Dotted: measured here" in text
+    assert {"h100 vllm", "h100 tokenfab+vllm"} <= {trace["name"] for trace in figures["cost-0"]["data"]}

@@ -11,9 +11,9 @@ import torch
 torch.set_num_threads(1)  # thousands of small operations: a pool of threads only waits for itself
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    import triton_interpreter
+    from tokenfab.bench import interpreter
 
-    triton_interpreter.install()
+    interpreter.install()
 
 
 @pytest.fixture(scope="session")

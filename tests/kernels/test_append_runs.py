@@ -128,7 +128,7 @@ def test_squares_of_the_grid_sum_exactly() -> None:
 # -- compiled --------------------------------------------------------------------------------------
 
 
-def test_all_points_compile_without_spills() -> None:
+def test_r18_all_points_compile_without_spills() -> None:
     found = inspect(POINTS, archs=COMPILED_ARCHS)
     assert not [(i.point.name, i.arch, f.kind, f.text) for i in found for f in i.findings]
     assert all(i.compiled is not None and i.compiled.spill_bytes == 0 and not i.compiled.matrix for i in found)

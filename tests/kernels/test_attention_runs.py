@@ -53,7 +53,7 @@ def test_work_is_what_the_decode_plan_counts(kernel: Kernel) -> None:
     assert held == kernel.work(SHAPES[1] | {"window": 0}).weight_bytes  # 96 tokens are 3 pages of 32
 
 
-def test_points_of_every_tile_compile_as_they_say() -> None:
+def test_r18_points_of_every_tile_compile_as_they_say() -> None:
     """No spills; the matrix instruction that a format and an architecture should have; the price of a value."""
     found = inspect([*attention_points(), *plan_points()])
     problems = [(i.point.name, i.arch, f.kind, f.text) for i in found for f in i.findings]

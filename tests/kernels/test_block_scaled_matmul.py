@@ -66,7 +66,7 @@ def test_every_scale_is_exact(format: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("format", ["mxfp8", "mxfp4"])
-def test_a_nan_scale_reaches_its_row_and_no_other(format: str, device: torch.device) -> None:
+def test_r09_a_nan_scale_reaches_its_row_and_no_other(format: str, device: torch.device) -> None:
     x, w = (make_operand(format, rows, 64, seed=rows) for rows in (4, 40))
     assert x.scale is not None
     expected = expect(x, w)
@@ -96,7 +96,7 @@ def test_many_bands_of_tiles(device: torch.device) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("m", [3, 70])
-def test_poison_outside_is_neither_read_nor_written(format: str, m: int, device: torch.device) -> None:
+def test_r03_poison_outside_is_neither_read_nor_written(format: str, m: int, device: torch.device) -> None:
     """0xFF (NaN as E4M3 and E8M0) beyond the last row and column of all four inputs; NaN around y."""
     x, w = (make_operand(format, rows, 160, seed=rows) for rows in (m, 70))
 

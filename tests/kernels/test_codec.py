@@ -63,7 +63,7 @@ def same(got: torch.Tensor, want: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("element", CODES)
-def test_every_code_decodes(element: str) -> None:
+def test_r10_every_code_decodes(element: str) -> None:
     got = DECODE[element](torch.arange(CODES[element], dtype=torch.uint8))
     assert got.dtype == torch.float32
     want = oracle_values(element).astype(np.float32)
@@ -77,7 +77,7 @@ def test_e4m3_decodes_from_either_dtype() -> None:
 
 
 @pytest.mark.parametrize("element", ENCODE)
-def test_every_code_midpoint_and_neighbour_encodes(element: str) -> None:
+def test_r10_every_code_midpoint_and_neighbour_encodes(element: str) -> None:
     values = np.unique(np.abs(oracle_values(element)[np.isfinite(oracle_values(element))]))
     assert len(values) == {"e4m3": 127, "e2m1": 8}[element]
     points = np.concatenate((values, (values[1:] + values[:-1]) / 2)).astype(np.float32)
@@ -92,7 +92,7 @@ def test_every_code_midpoint_and_neighbour_encodes(element: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("element", ENCODE)
-def test_every_half_precision_value_encodes(element: str, dtype: torch.dtype) -> None:
+def test_r10_every_half_precision_value_encodes(element: str, dtype: torch.dtype) -> None:
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     np.testing.assert_array_equal(ENCODE[element](x).numpy(), oracle_codes(x.float().numpy(), element))
 
@@ -106,7 +106,7 @@ def test_random_float32_bits_encode(element: str) -> None:
     np.testing.assert_array_equal(ENCODE[element](torch.from_numpy(x)).numpy(), oracle_codes(x, element))
 
 
-def test_pinned_ties_signs_and_saturation() -> None:
+def test_r10_pinned_ties_signs_and_saturation() -> None:
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
     assert codec.encode_e2m1(ties).tolist() == [0, 2, 2, 4, 4, 6, 6]
     assert codec.encode_e2m1(-ties).tolist() == [8, 10, 10, 12, 12, 14, 14]
@@ -168,7 +168,7 @@ def exact_e8m0(amax: Array, element: str, rule: str) -> Array:
 
 @pytest.mark.parametrize("element", ENCODE)
 @pytest.mark.parametrize("rule", SCALE_RULES)
-def test_every_e8m0_rule(rule: str, element: str) -> None:
+def test_r10_every_e8m0_rule(rule: str, element: str) -> None:
     amax, limit = e8m0_probes(), ELEMENTS[element].max
     want = exact_e8m0(amax, element, rule)
     got = codec.encode_e8m0(torch.from_numpy(amax), limit, rule)

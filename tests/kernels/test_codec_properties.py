@@ -134,7 +134,7 @@ def test_permuting_rows_permutes_the_result(x: torch.Tensor, name: str, data: st
     bad=st.sampled_from([NAN, INF, -INF, 3e38, 1e-45]),
     at=st.integers(0, 2**20),
 )
-def test_a_bad_row_leaves_the_others_alone(x: torch.Tensor, name: str, bad: float, at: int) -> None:
+def test_r09_a_bad_row_leaves_the_others_alone(x: torch.Tensor, name: str, bad: float, at: int) -> None:
     row, column = at % len(x), at % x.shape[1]
     spoilt = x.clone()
     spoilt[row, column] = bad
@@ -189,7 +189,7 @@ def test_dtype_and_strides_do_not_matter(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", SCALED)
-def test_zeros_keep_their_sign_and_divide_nothing(name: str) -> None:
+def test_r08_zeros_keep_their_sign_and_divide_nothing(name: str) -> None:
     x = torch.zeros(2, 32)
     x[1] = -0.0
     q = quantize(x, name)
@@ -236,7 +236,7 @@ def test_inf_does_what_is_written(name: str, sign: int) -> None:
 
 @pytest.mark.parametrize("name", SCALED)
 @pytest.mark.parametrize("size", [2.0**-149, 2.0**-127, 1e-30, 1e30, 1e38])
-def test_tiny_and_huge_values_stay_finite(name: str, size: float) -> None:
+def test_r08_tiny_and_huge_values_stay_finite(name: str, size: float) -> None:
     x = torch.full((2, 32), size)
     for rule in SCALE_RULES if name in MX else (None,):
         got = dequantize(quantize(x, name, scale_rule=rule))

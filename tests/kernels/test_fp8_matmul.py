@@ -59,7 +59,7 @@ def test_persistent_programs_cover_every_tile_once(num_programs: int, device: to
 
 @pytest.mark.parametrize("m", [3, 70])
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_poison_outside_is_neither_read_nor_written(m: int, scaling: str, device: torch.device) -> None:
+def test_r03_poison_outside_is_neither_read_nor_written(m: int, scaling: str, device: torch.device) -> None:
     """NaN beyond the last column and row of both operands and scales, and around the output."""
     n, k = 70, 144
     operands, x, w = make_operands(scaling, m, n, k)
@@ -89,7 +89,7 @@ def test_block_scales_change_at_row_and_column_128(device: torch.device) -> None
     assert torch.equal(y[:, 128], 4 * halves[0][:, 128] + 8 * halves[1][:, 128])
 
 
-def test_nan_in_a_token_stays_in_its_row(device: torch.device) -> None:
+def test_r09_nan_in_a_token_stays_in_its_row(device: torch.device) -> None:
     operands, x, w = make_operands("row", 4, 40, 128)
     operands[0][1, 5] = float("nan")
     y = fp8_matmul(*to(operands, device), "row", out_dtype=torch.float32).cpu().double()

@@ -7,7 +7,7 @@ from tokenfab.kernels.grouped_experts import KERNEL_OF
 from tokenfab.kernels.grouped_points import MODES, grouped_points
 
 
-def test_every_tile_compiles_as_it_says() -> None:
+def test_r18_every_tile_compiles_as_it_says() -> None:
     found = inspect(grouped_points())
     assert [(i.point.name, i.arch, f.kind, f.text) for i in found for f in i.findings] == []
     assert all(i.compiled is not None and i.compiled.spill_bytes == 0 for i in found)

@@ -185,7 +185,7 @@ def test_zeros_keep_their_sign(style: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("format", KV_FORMATS)
-def test_the_unusual_stays_in_its_token(format: str, device: torch.device) -> None:
+def test_r09_the_unusual_stays_in_its_token(format: str, device: torch.device) -> None:
     """NaN, infinity, zeros and sizes beyond the format: as the reference reads, others' bytes as without them."""
     base = random_matrix(10, 3 * 64, 4, device)
     qkv = base.clone()
@@ -231,7 +231,7 @@ def test_tokens_of_one_page(
 
 
 @pytest.mark.parametrize("format", KV_FORMATS)
-def test_offsets_beyond_int32(format: str, device: torch.device) -> None:
+def test_r04_offsets_beyond_int32(format: str, device: torch.device) -> None:
     """Pages, rows of qkv and of q that lie 2^31 and more bytes or values off. Only the touched memory exists."""
     layout = KvLayout(format, 64, 16)
     num_pages = (5 << 30) // (2 * layout.record_bytes)
@@ -293,7 +293,7 @@ def test_nothing_waits_for_the_device(device: torch.device, monkeypatch: pytest.
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("format", KV_FORMATS)
-def test_replays_in_a_cuda_graph(format: str, device: torch.device) -> None:
+def test_r17_replays_in_a_cuda_graph(format: str, device: torch.device) -> None:
     cache, qkv = make_cache(format, 128, 16, 2, device), random_matrix(4, 8 * 128, 1, device)
     positions, slots, cos_sin = (
         torch.arange(4, device=device),

@@ -285,7 +285,7 @@ def test_good_page_tables() -> None:
         ([[0]], [1], [7, 3, 7], 0, r"slots\[2\]: expected a slot written once; got slot 7, also of token 0"),
     ],
 )  # fmt: skip
-def test_bad_page_tables(table: Any, lengths: Any, slots: Any, shared: int, message: str) -> None:
+def test_r07_bad_page_tables(table: Any, lengths: Any, slots: Any, shared: int, message: str) -> None:
     given = None if slots is None else torch.tensor(slots)
     with pytest.raises(ValueError, match=message):
         check_pages(CACHE, torch.tensor(table), torch.tensor(lengths), given, shared_pages=shared)

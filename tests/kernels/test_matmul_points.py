@@ -14,7 +14,7 @@ from tokenfab.kernels.tiles import ANY_NUMBER, ARCHS, TILES, Tile, find_tile, us
 W4A16, W4A8 = "gemm/mxfp4-bf16/m16-16x256", "gemm/mxfp4-fp8_row/m16-16x256"
 
 
-def test_every_tile_compiles_as_it_says() -> None:
+def test_r18_every_tile_compiles_as_it_says() -> None:
     found = inspect(matmul_points())
     problems = [(i.point.name, i.arch, f.kind, f.text) for i in found for f in i.findings]
     assert not problems
@@ -43,7 +43,7 @@ def test_a_tile_that_spills_is_a_finding(tmp_path: Path) -> None:
     assert "spills" in {finding.kind for finding in inspection.findings}
 
 
-def test_every_row_is_used_has_a_reason_and_is_compiled() -> None:
+def test_r18_every_row_is_used_has_a_reason_and_is_compiled() -> None:
     points = {(p.name, p.archs[0]) for p in matmul_points()}
     assert len(points) == len(matmul_points())
     for row in TILES:

@@ -128,7 +128,7 @@ def test_eps_and_the_default_style(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("format", MLA_FORMATS)
-def test_the_unusual_stays_in_its_token(format: str, device: torch.device) -> None:
+def test_r09_the_unusual_stays_in_its_token(format: str, device: torch.device) -> None:
     cache = make_cache(format, device)
     latent, rope = random_matrix(6, 512, 1, device), random_matrix(6, 64, 2, device)
     for token, (part, value) in enumerate(((latent, NAN), (rope, NAN), (latent, INF), (rope, -INF))):
@@ -161,7 +161,7 @@ def test_tokens_of_one_page_in_any_order(
 
 
 @pytest.mark.parametrize("format", MLA_FORMATS)
-def test_offsets_beyond_int32(format: str, device: torch.device) -> None:
+def test_r04_offsets_beyond_int32(format: str, device: torch.device) -> None:
     """Pages, tokens and heads that lie 2^31 and more bytes or values off. Only the touched memory exists."""
     layout = MlaLayout(format, 256, 32, 16)
     num_pages = (5 << 30) // layout.record_bytes

@@ -96,7 +96,7 @@ def check(case: dict[str, Any], **options: Any) -> tuple[torch.Tensor, torch.Ten
 
 @pytest.mark.parametrize("page", [16, 64, 128])
 @pytest.mark.parametrize("format", MLA_FORMATS)
-def test_lengths_around_pages_and_tiles(format: str, page: int, device: torch.device) -> None:
+def test_r06_lengths_around_pages_and_tiles(format: str, page: int, device: torch.device) -> None:
     check(make(format, [0, 1, page - 1, page, page + 1, 300], device, page=page))
 
 
@@ -156,7 +156,7 @@ def test_each_query_finds_its_token(format: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("format", MLA_FORMATS)
-def test_equal_scores_give_the_mean(format: str, device: torch.device) -> None:
+def test_r11_equal_scores_give_the_mean(format: str, device: torch.device) -> None:
     """64 tokens of integers, all scores zero: sums of 64 small integers over 64 are exact."""
     case = make(format, [64], device)
     cache, generator = case["cache"], torch.Generator().manual_seed(4)
@@ -186,7 +186,7 @@ def test_scales_of_any_size(format: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("format", MLA_FORMATS)
-def test_batch_invariant(format: str, device: torch.device) -> None:
+def test_r16_batch_invariant(format: str, device: torch.device) -> None:
     """The same bits alone, in a batch, and with any number of programs."""
     case = make(format, [400, 3, 260, 0], device, q_len=2, heads=3)
     whole = check(case, split_tokens=128, tile=WGMMA)
@@ -207,7 +207,7 @@ def test_any_number_of_programs(programs: int, device: torch.device) -> None:
     check(case, plan=plan_attention(case["lengths"], programs, 32), tile=SMALL)
 
 
-def test_programs_in_any_order(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_r15_programs_in_any_order(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if device.type == "cuda":
         pytest.skip("the order is the hardware's")
     from triton.runtime import interpreter
@@ -225,7 +225,7 @@ def test_programs_in_any_order(device: torch.device, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("format", MLA_FORMATS)
-def test_nan_stays_where_it_is_seen(format: str, device: torch.device) -> None:
+def test_r09_nan_stays_where_it_is_seen(format: str, device: torch.device) -> None:
     case = make(format, [70, 70], device)
     before, _ = mla_attention(**case)
     case["q"][0, 3, 100] = float("nan")
@@ -242,7 +242,7 @@ def test_nan_stays_where_it_is_seen(format: str, device: torch.device) -> None:
     assert o[1].isnan().any(dim=1).all()
 
 
-def test_offsets_beyond_32_bits(device: torch.device) -> None:
+def test_r04_offsets_beyond_32_bits(device: torch.device) -> None:
     """The last of more than 2^31 bytes' pages; only pages that are touched exist."""
     layout = MlaLayout("fp8", 512, 64, 128)
     num_pages = 2**31 // layout.record_bytes + 3
@@ -332,7 +332,7 @@ def test_points_have_the_kernel_s_arguments() -> None:
     assert len({(point.name, *point.archs) for point in mla_points()}) == len(mla_points())
 
 
-def test_all_points_compile() -> None:
+def test_r18_all_points_compile() -> None:
     """Spills: none but with 64 rows on sm_90, whose 255 registers hold the output and little else."""
     found = compile_points(mla_points(), archs=COMPILED_ARCHS)
     assert len(found) == len(mla_points())

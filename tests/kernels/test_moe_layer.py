@@ -198,7 +198,7 @@ def test_no_tokens(device: torch.device) -> None:
     assert run(make_layer("fp8_block", device), x, logits, device).shape == (0, HIDDEN)
 
 
-def test_a_layer_is_captured_and_replayed(device: torch.device) -> None:
+def test_r17_a_layer_is_captured_and_replayed(device: torch.device) -> None:
     if device.type != "cuda":
         pytest.skip("CUDA graphs need a GPU")
     made, (x, logits) = make_layer("fp8_block", device), make_inputs(24)

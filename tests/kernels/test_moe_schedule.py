@@ -98,7 +98,7 @@ def test_random_ids(path: str, tokens: int, top_k: int, experts: int, block_m: i
 
 @pytest.mark.parametrize("name", ["one expert", "last expert", "one row each", "a third empty", "none local", "twice"])
 @pytest.mark.parametrize("block_m", [1, 16, 100])
-def test_loads_at_the_edge(path: str, name: str, block_m: int, device: torch.device) -> None:
+def test_r05_loads_at_the_edge(path: str, name: str, block_m: int, device: torch.device) -> None:
     experts = 40
     ids = {
         "one expert": torch.full((75, 2), 3),
@@ -119,7 +119,7 @@ def test_no_tokens(device: torch.device) -> None:
 
 @given(st.data())
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_load(path: str, device: torch.device, data: st.DataObject) -> None:
+def test_r05_any_load(path: str, device: torch.device, data: st.DataObject) -> None:
     tokens, top_k = data.draw(st.integers(0 if path == "one launch" else 1, 50)), data.draw(st.integers(1, 8))
     experts, block_m = data.draw(st.integers(1, 70)), data.draw(st.sampled_from([1, 2, 3, 16, 64]))
     first = data.draw(st.integers(0, 5))
@@ -184,7 +184,7 @@ def reordered(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("reordered")
-def test_the_order_of_programs_does_not_show(path: str, device: torch.device) -> None:
+def test_r15_the_order_of_programs_does_not_show(path: str, device: torch.device) -> None:
     ids = torch.randint(-1, 24, (100, 5), dtype=torch.int32, generator=torch.Generator().manual_seed(8))
     check(ids, 20, 4, device, 2)
 

@@ -143,7 +143,7 @@ def test_each_row_finds_its_token(format: str, page_size: int, device: torch.dev
 
 
 @pytest.mark.parametrize("format", KV_FORMATS)
-def test_a_mean_is_exact(format: str, device: torch.device) -> None:
+def test_r11_a_mean_is_exact(format: str, device: torch.device) -> None:
     """Keys of zero: every token counts alike, and 256 small integers sum exactly, however a sequence is cut."""
     generator = torch.Generator().manual_seed(1)
     v = torch.randint(-2, 3, (256, 1, 64), generator=generator).to(torch.bfloat16).to(device)
@@ -176,7 +176,7 @@ def test_a_window_has_its_tokens_and_no_others(format: str, window: int, device:
 
 
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5])
-def test_query_tokens_before_the_first_key(length: int, device: torch.device) -> None:
+def test_r06_query_tokens_before_the_first_key(length: int, device: torch.device) -> None:
     """4 query tokens of a shorter sequence: those before its start see nothing."""
     given = make_inputs("fp8", [length, 40], device, q_len=4)
     o, lse = attend(given, q_len=4)
@@ -199,7 +199,7 @@ def test_sinks_take_their_share(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("format", KV_FORMATS)
-def test_what_is_not_stored_changes_nothing(format: str, device: torch.device) -> None:
+def test_r03_what_is_not_stored_changes_nothing(format: str, device: torch.device) -> None:
     """Unused pages, page tails and table entries: NaN or zeros, the same bits."""
     options = {"q_len": 2, "window": 90}
     results = []
@@ -214,7 +214,7 @@ def test_what_is_not_stored_changes_nothing(format: str, device: torch.device) -
 
 
 @pytest.mark.parametrize("format", ["bf16", "fp8", "fp8_row", "mxfp4", "nvfp4"])
-def test_nan_stays_where_it_is_seen(format: str, device: torch.device) -> None:
+def test_r09_nan_stays_where_it_is_seen(format: str, device: torch.device) -> None:
     """A NaN in a stored token: in the rows that see it; in a query: in its row."""
     clean = make_inputs(format, [40, 40], device, q_len=2)
     plain = attend(clean, q_len=2, split_tokens=64)
@@ -238,7 +238,7 @@ def test_nan_stays_where_it_is_seen(format: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("format", KV_FORMATS)
-def test_batch_invariant_mode(format: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_r16_batch_invariant_mode(format: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits alone and in a batch, and with any number of programs."""
     given = make_inputs(format, [300, 3, 130], device)
     o, lse = attend(given, split_tokens=128)
@@ -265,7 +265,7 @@ def test_any_cut_is_right_and_repeats(format: str, device: torch.device, monkeyp
         assert torch.equal(got[1], again[1])
 
 
-def test_any_order_of_programs(device: torch.device, reverse_programs: Callable[[], None]) -> None:
+def test_r15_any_order_of_programs(device: torch.device, reverse_programs: Callable[[], None]) -> None:
     given = make_inputs("fp8", [300, 3, 130], device)
     first = attend(given)
     reverse_programs()
@@ -281,7 +281,7 @@ def test_one_long_sequence_beside_short_ones(format: str, device: torch.device) 
 
 
 @pytest.mark.parametrize("format", KV_FORMATS)
-def test_offsets_beyond_int32(format: str, device: torch.device) -> None:
+def test_r04_offsets_beyond_int32(format: str, device: torch.device) -> None:
     """Pages, and query rows, that lie 2^31 bytes and values off. Only the touched memory exists."""
     near = make_inputs(format, [40], device, spare_pages=0)
     record = near.cache.layout.record_bytes

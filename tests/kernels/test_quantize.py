@@ -140,7 +140,7 @@ def test_odd_widths(columns: int, format: str, device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("columns", [32, 160])
-def test_edges(columns: int, format: str, dtype: torch.dtype, device: torch.device) -> None:
+def test_r08_edges(columns: int, format: str, dtype: torch.dtype, device: torch.device) -> None:
     """Zeros, NaN, infinity, subnormals and the largest values, each in its own scale group and all in one tensor."""
     x = edge_rows(columns).to(dtype)
     check(x, format, device)
@@ -212,7 +212,7 @@ def test_more_tiles_than_partials(format: str, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("format", ["fp8", "nvfp4"])
-def test_stale_workspace_is_not_read(format: str, device: torch.device) -> None:
+def test_r03_stale_workspace_is_not_read(format: str, device: torch.device) -> None:
     x = spread_values(3, 160)
     workspace = torch.full((quantize_tiles.MAX_PARTIALS + 3,), 0x7F7FFFFF, dtype=torch.int32, device=device)
     for _ in range(2):
@@ -221,7 +221,7 @@ def test_stale_workspace_is_not_read(format: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("op", ["quantize", "rms_norm", "swiglu"])
-def test_offsets_beyond_int32(op: str, device: torch.device) -> None:
+def test_r04_offsets_beyond_int32(op: str, device: torch.device) -> None:
     """Rows 2^30 values apart: the third starts where 32-bit offsets wrap. Only the touched pages exist."""
     rows, stride = 3, 1 << 30
 
@@ -269,7 +269,7 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, device: t
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("format", FORMATS)
-def test_replays_in_a_cuda_graph(format: str) -> None:
+def test_r17_replays_in_a_cuda_graph(format: str) -> None:
     x = spread_values(5, 160).cuda()
     out = empty_quantized(format, 5, 160, "cuda")
     quantize_activation(x, format, out=out)

@@ -18,7 +18,7 @@ POINTS = quantize_points()
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8"}
 
 
-def test_every_point_compiles_without_spills() -> None:
+def test_r18_every_point_compiles_without_spills() -> None:
     found = inspect(POINTS, archs=COMPILED_ARCHS)
     assert not [(i.point.name, i.arch, f.kind, f.text) for i in found for f in i.findings]
     assert all(i.compiled is not None and i.compiled.spill_bytes == 0 and not i.compiled.matrix for i in found)

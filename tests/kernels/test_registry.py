@@ -44,7 +44,7 @@ def run(kernel: Kernel, shape: dict[str, int], device: torch.device, dtype: torc
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kernel", GEMMS, ids=by_name)
-def test_exact_on_representable_inputs(kernel: Kernel, shape: dict[str, int], device: torch.device) -> None:
+def test_r11_exact_on_representable_inputs(kernel: Kernel, shape: dict[str, int], device: torch.device) -> None:
     y, expected = run(kernel, shape, device, torch.float32, is_exact=True)
     assert torch.equal(y.double(), expected)
 

@@ -11,7 +11,7 @@ from tokenfab.kernels.routing_points import routing_points
 ARCHS = ("sm_90", "sm_100", "sm_120")
 
 
-def test_every_point_compiles_without_spills() -> None:
+def test_r18_every_point_compiles_without_spills() -> None:
     points = routing_points()
     found = inspect(points, archs=ARCHS)
     assert not [(i.point.name, i.arch, f.kind, f.text) for i in found for f in i.findings]

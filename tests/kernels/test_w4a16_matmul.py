@@ -84,7 +84,7 @@ def test_split_k_sums_every_part_once(split_k: int, device: torch.device) -> Non
     assert workspace[split_k * 5 * 300 :].isnan().all()
 
 
-def test_batch_size_does_not_change_a_row(device: torch.device) -> None:
+def test_r16_batch_size_does_not_change_a_row(device: torch.device) -> None:
     """With one tile and one part of k a token's result is bit-equal whoever stands beside it."""
     weight, _ = make_weight("nvfp4", 256, 512, device=device)
     x = random_matrix(33, 512, 4, torch.device("cpu")).to(device)
@@ -97,7 +97,7 @@ def test_batch_size_does_not_change_a_row(device: torch.device) -> None:
         assert torch.equal(alone, together)
 
 
-def test_poison_outside_is_neither_read_nor_written(device: torch.device) -> None:
+def test_r03_poison_outside_is_neither_read_nor_written(device: torch.device) -> None:
     """NaN around x and y: between strided rows, beyond the last column, in the output."""
     weight, values = make_weight("mxfp4", 70, 160, is_exact=True, device=device)
     x = tokens(3, 160, seed=5)
@@ -109,7 +109,7 @@ def test_poison_outside_is_neither_read_nor_written(device: torch.device) -> Non
     assert out[:, 70:].isnan().all()
 
 
-def test_zero_scales_zero_blocks_and_extreme_ranges(device: torch.device) -> None:
+def test_r08_zero_scales_zero_blocks_and_extreme_ranges(device: torch.device) -> None:
     packed = torch.full((2, 16), 0x77, dtype=torch.uint8)
     zero = torch.zeros(2, 2, dtype=torch.float8_e4m3fn)
     weight = prepare_fp4_weight(packed.to(device), zero.to(device), "nvfp4", torch.ones(()).to(device))

@@ -204,7 +204,7 @@ def test_two_tiles_per_trip_and_parts_of_them(device: torch.device) -> None:
             assert torch.equal(y.cpu().double(), x @ w.T)
 
 
-def test_batch_size_does_not_change_a_row(device: torch.device) -> None:
+def test_r16_batch_size_does_not_change_a_row(device: torch.device) -> None:
     """One tile per token block: a token's result is bit-equal whoever stands beside it."""
     weight, _ = make_weight(256, 512, device=device)
     codes, scale, _ = make_tokens(33, 512, seed=4, is_exact=False, is_group=True)
@@ -219,7 +219,7 @@ def test_batch_size_does_not_change_a_row(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("is_group", [False, True])
-def test_poison_outside_is_neither_read_nor_written(is_group: bool, device: torch.device) -> None:
+def test_r03_poison_outside_is_neither_read_nor_written(is_group: bool, device: torch.device) -> None:
     """NaN around x, its scales and y: between strided rows, beyond the last column, in the output."""
     weight, w = make_weight(70, 160, is_exact=True, device=device)
     codes, scale, x = make_tokens(3, 160, seed=5, is_exact=True, is_group=is_group)
@@ -235,7 +235,7 @@ def test_poison_outside_is_neither_read_nor_written(is_group: bool, device: torc
 
 
 @pytest.mark.parametrize("where", ["x", "x_scale"])
-def test_a_nan_reaches_its_token_and_no_other(where: str, device: torch.device) -> None:
+def test_r09_a_nan_reaches_its_token_and_no_other(where: str, device: torch.device) -> None:
     weight, w = make_weight(70, 160, is_exact=True, device=device)
     codes, scale, x = make_tokens(18, 160, seed=6, is_exact=True, is_group=True)
     (codes if where == "x" else scale)[17, 1] = float("nan")

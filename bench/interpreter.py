@@ -1,4 +1,4 @@
-"""Repairs of Triton's CPU interpreter, so that a kernel run on it is a proof.
+"""Repairs of Triton's CPU interpreter, so that a kernel checked on it is checked for what a GPU computes.
 
 Seen in Triton 3.6.0 and 3.9.0, all silent: casts to FP8 and BF16 do not round to nearest even and do
 not saturate; ``tl.dot`` multiplies the bit patterns of BF16 operands; arithmetic on BF16 and FP8
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -155,8 +156,9 @@ def _inline_asm(
     return _Results([TensorHandle(result.view(interpreter._get_np_dtype(types[0])), types[0].scalar)])
 
 
+@cache
 def install() -> None:
-    """Put the repairs in place, for this process."""
+    """Put the repairs in place, once and for this process."""
     builder: Any = interpreter.InterpreterBuilder
     for name in ("create_fp_ext", "create_fp_trunc", "create_fp_to_fp", "create_si_to_fp", "create_ui_to_fp",
                  "create_fp_to_si", "create_fp_to_ui"):  # fmt: skip

@@ -1,0 +1,41 @@
+"""Pricing, comparing and gating where torch and Triton are not installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenfab.tests.commands.test_compare_commands import write
+
+BLOCKED = """
+import sys
+for name in ("torch", "triton"):
+    sys.modules[name] = None
+from tokenfab.__main__ import cli
+cli.main(sys.argv[1:], prog_name="tokenfab")
+"""
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("records") / "h100.jsonl")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "cost deepseek-v3 --gpu h100 --stack tokenfab+vllm,vllm --parallel dp32-ep32 --batch 64 --records FOLDER",
+        "step deepseek-v3 --gpu h100 --stack tokenfab --parallel dp32-ep32 --batch 64 --records FOLDER",
+        "compare FOLDER FOLDER",
+        "compare published:vllm FOLDER",
+        "gate times FOLDER FOLDER",
+        "prices --gpu h100",
+    ],
+)
+def test_commands_run_without_torch(command: str, records: Path) -> None:
+    arguments = command.replace("FOLDER", str(records.parent)).split()
+    done = subprocess.run([sys.executable, "-c", BLOCKED, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip()
