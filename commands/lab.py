@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from .shared import UserError, comma, json_option, path_type, print_json, show
+from .shared import UserError, comma, json_option, path_type, price_options, print_json, show
+from .weights import weights_report
 
 _JOURNAL, _CHECKS, _STEPS = "journal", "checks", "steps"
 
@@ -58,12 +59,22 @@ def doctor(out: Path, as_json: bool) -> None:
               help="Only write ours against the field between FILE's <!-- field:GPU --> markers.")  # fmt: skip
 @click.option("--agree", type=(path_type, path_type), metavar="FILE FILE", default=None,
               help="Only say how far two runs' ratios to the anchor are apart; exit code 1 beyond 1 %.")  # fmt: skip
+@click.option("--weights", type=path_type, metavar="DIR",
+              help="Only this safetensors checkpoint in each precision: error against BF16, cost.")  # fmt: skip
+@comma("--precision", "precisions", "With --weights; see `tokenfab models --precisions`.", default="fp8,mxfp4",
+       show_default=True)  # fmt: skip
+@click.option("--tokens", "num_tokens", type=click.IntRange(1), default=64, show_default=True,
+              help="With --weights: decoded per sequence; sequences are the first of --batch.")  # fmt: skip
+@click.option("--token-ids", "token_file", type=path_type, metavar="FILE",
+              help="With --weights: a JSON list of lists of token ids, instead of random ones.")  # fmt: skip
+@price_options
 @click.option("--run", "child", type=(str, int, float, int), hidden=True)
 @json_option
 def lab(
     minutes: float, out: Path, models: list[str], batches: list[int], contexts: list[int], stages: list[str],
     gpu: str | None, only_list: bool, field_file: Path | None, agree: tuple[Path, Path] | None,
-    child: tuple[str, int, float, int] | None, as_json: bool,
+    weights: Path | None, precisions: list[str], num_tokens: int, token_file: Path | None,
+    child: tuple[str, int, float, int] | None, as_json: bool, **prices: Any,
 ) -> None:  # fmt: skip
     """Use this machine's GPU for some minutes: check every kernel, then measure what weighs most, first.
 
@@ -78,8 +89,11 @@ def lab(
       tokenfab lab --minutes 10 --out records
       tokenfab lab --list --gpu h100 --model deepseek-v3
       tokenfab lab --field README.md --out records
+      tokenfab lab --weights ./gpt-oss-20b --precision fp8,mxfp4 --batch 4
     """
-    if agree is not None:
+    if weights is not None:
+        weights_report(weights, precisions, batches[0], num_tokens, token_file, out, gpu, as_json, prices)
+    elif agree is not None:
         _say_agreement(agree, as_json)
     elif field_file is not None:
         _write_field(field_file, out)
