@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from ..kernels.registry import Shape
+from .places import Place, places_of
 from .summaries import Summary
 from .tables import number, plain_table
 from .user_check import CheckedShape
 
+ONE_CALL = "one call, per row"
+"""In place of a model's step: what a million rows of the activations cost in this call alone."""
+
 _ROWS = {"gemm": "m", "moe": "num_tokens", "rope_append": "num_tokens", "mla_append": "num_tokens"}
 
-UsdPerMtok = Callable[[float], float]
-"""$ per million rows of a rate in rows/s."""
+UsdPerMtok = Callable[[float, Place], float]
+"""(seconds per call, place) to dollars per million tokens."""
 
 
 def num_rows(op: str, shape: Shape) -> float | None:
@@ -27,30 +31,44 @@ def num_rows(op: str, shape: Shape) -> float | None:
     return shape[_ROWS.get(op, "rows")] / shape.get("ep", 1)
 
 
-def priced(summary: Summary, usd_per_mtok: UsdPerMtok | None) -> float | None:
-    """$ per million rows of this one call, None without a time or a price."""
+def place_of(summary: Summary, models: Iterable[str]) -> Place | None:
+    """Where in a model's step the shape stands: the first place of several; one call alone for a shape of no model.
+
+    None of a copy.
+    """
     rows = num_rows(summary.point.op, summary.point.shape)
-    if not summary.time_s or rows is None or usd_per_mtok is None:
+    if rows is None:
         return None
-    return usd_per_mtok(rows / summary.time_s)
+    found = places_of(summary.point.op, summary.point.shape, models)
+    return found[0] if found else Place("", ONE_CALL, 1, rows)
 
 
-def kernels_table(title: str, summaries: Sequence[Summary], usd_per_mtok: UsdPerMtok | None) -> Table:
+def priced(summary: Summary, place: Place | None, usd_per_mtok: UsdPerMtok | None) -> float | None:
+    """Dollars per million tokens at ``place``; None without a time, a place or a price."""
+    if not summary.time_s or place is None or usd_per_mtok is None:
+        return None
+    return usd_per_mtok(summary.time_s, place)
+
+
+def kernels_table(
+    title: str, summaries: Sequence[Summary], models: Sequence[str], usd_per_mtok: UsdPerMtok | None
+) -> Table:
     """One row per kernel and shape, shapes together; "x tokenfab": how many times faster than tokenfab's own."""
     shapes = list(dict.fromkeys(_shape(each) for each in summaries))
     own_s = {_shape(each): each.time_s for each in summaries if each.point.recipe == "tokenfab"}
     rows = []
     for each in sorted(summaries, key=lambda each: shapes.index(_shape(each))):
         ours_s = own_s.get(_shape(each))
+        place = place_of(each, models)
         verdict = "; ".join(each.invalid or each.flags) or "ok"
         rows.append((
             each.point.recipe, "-".join(each.point.formats.values()), _shape(each),
             verdict + (" (quick)" if each.is_quick else ""), number(_micro(each.time_s), 4),
             number(_micro(each.floor_s)), "-" if each.roofline_fraction is None else f"{each.roofline_fraction:.0%}",
             "-" if not ours_s or not each.time_s else f"{ours_s / each.time_s:.2f}",
-            number(priced(each, usd_per_mtok)),
+            "-" if place is None else str(place).strip(), number(priced(each, place, usd_per_mtok)),
         ))  # fmt: skip
-    columns = ("kernel", "format", "shape", "verdict", "us", "floor us", "of floor", "x tokenfab", "$/M rows")
+    columns = ("kernel", "format", "shape", "verdict", "us", "floor us", "of floor", "x tokenfab", "where", "$/M")
     return plain_table(title, columns, rows, left=4)
 
 

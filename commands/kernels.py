@@ -214,7 +214,7 @@ def bench(
         show(as_json, lambda: [each.as_dict() for each in found], lambda: summaries_table(title, found))
         return
     current = {kernel_hash(target.kernel, properties) for target in targets}  # not what the file was before an edit
-    _show_beside(title, row, [each for each in found if each.point.kernel_hash in current], as_json)
+    _show_beside(title, row, [each for each in found if each.point.kernel_hash in current], models, as_json)
     mine = {kernel_hash(each, properties) for each in extra}
     if mine and not any(each.time_s for each in found if each.point.kernel_hash in mine):
         raise click.exceptions.Exit(1)
@@ -253,21 +253,28 @@ def _absent(op: str | None, formats: list[str] | None, row: Gpu) -> list[str]:
     return [] if op == COPY.op else [f"not here: {name}: {why}" for name, why in absent_peers(op, formats, row).items()]
 
 
-def _show_beside(title: str, row: Gpu, found: Sequence[Summary], as_json: bool) -> None:
-    """The user's kernel, tokenfab's and the libraries', with $ per million rows at the book's price."""
-    from ..bench.user_table import kernels_table, priced
-    from ..costing.cost import usd_per_mtok
-    from ..costing.prices import DEFAULT_TIER, PriceBook
+def _show_beside(title: str, row: Gpu, found: Sequence[Summary], models: Sequence[str], as_json: bool) -> None:
+    """The user's kernel, tokenfab's and the libraries', with dollars at the book's price."""
+    from ..bench.user_table import kernels_table, place_of, priced
+    from ..costing.kernel_price import usd_per_mtok
+    from ..costing.prices import price_lookup
 
-    prices = [price for price in PriceBook.read().prices if (price.gpu, price.tier) == (row.name, DEFAULT_TIER)]
-    price = max(prices, key=lambda price: price.date, default=None)
-    of_rate = None if price is None else lambda rate: usd_per_mtok(rate, price.usd_per_gpu_hour)
+    try:
+        price = price_lookup()(row.name)
+    except ValueError:  # this GPU is in no book: the table stands without dollars, and says so
+        price = None
+    usd = None if price is None else lambda time_s, place: usd_per_mtok(time_s, place, price)
     note = "no price of this GPU is known" if price is None else (
-        f"$/M: of this one call, per million rows of its activations, at ${price.usd_per_gpu_hour:g}/h "
-        f"({price.describe()})"
+        f"$/M: dollars per million output tokens that the op costs where it stands in a step, at "
+        f"${price.usd_per_gpu_hour:g}/h ({price.describe()})"
     )  # fmt: skip
-    show(as_json, lambda: [each.as_dict() | {"usd_per_mtok": priced(each, of_rate)} for each in found],
-         lambda: kernels_table(title, found, of_rate), lambda: [note])  # fmt: skip
+
+    def listed() -> list[dict[str, Any]]:
+        return [each.as_dict() | {"usd_per_mtok": priced(each, place_of(each, models), usd)} for each in found]
+
+    show(
+        as_json, listed, lambda: kernels_table(title, found, models, usd), lambda: [note],
+    )  # fmt: skip
 
 
 def _run_pass(arguments: Sequence[str], number: int) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from click.testing import CliRunner
@@ -17,13 +20,16 @@ from tokenfab.__main__ import cli
 from tokenfab.bench import campaign, cuda_device, user_check
 from tokenfab.bench.campaign import Outcome, run_targets
 from tokenfab.bench.gpus import get_gpu
+from tokenfab.bench.places import Place
 from tokenfab.bench.records import RecordStore
 from tokenfab.bench.summaries import QUICK, kernel_hash, summaries
 from tokenfab.bench.targets import DEFAULT_MODELS, SHAPE_NAMES, Target, find_targets, shape_fields
 from tokenfab.bench.user_check import SMALL_SHAPES, check_kernel, cpu_device
 from tokenfab.bench.user_kernel import UserKernel, UserKernelError, base_kernel, load_user_kernel
-from tokenfab.bench.user_table import kernels_table, num_rows, priced
+from tokenfab.bench.user_table import ONE_CALL, kernels_table, num_rows, place_of, priced
 from tokenfab.bench.user_template import ON_HOST, TEMPLATE_FORMATS, buffers_document, buffers_of, template
+from tokenfab.costing.kernel_price import usd_per_mtok
+from tokenfab.costing.prices import stated_price
 from tokenfab.kernels.registry import OPS, find_kernels
 from tokenfab.tests.bench.test_campaign import CALL_S, FAST, VirtualDevice
 
@@ -371,21 +377,28 @@ def test_a_price_of_the_call_stands_beside_its_time(load: Any, bench: Any) -> No
     kernel = load(RIGHT)
     records = [bench(each).record for each in (kernel.base, kernel)]
     ours, mine = summaries(records)
-    # 4 rows in 50 ms at $3.6/h: 1e-3 $/s * 0.05 s / 4 * 1e6
-    assert priced(mine, lambda rate: 1e6 * 1e-3 / rate) == pytest.approx(12.5)
-    assert priced(mine, None) is None
-    table = kernels_table("title", [ours, mine], lambda rate: 1e3 / rate)
+    usd = partial(usd_per_mtok, price=stated_price("h100", 3.6))
+    alone = place_of(mine, ["deepseek-v3"])
+    assert alone == Place("", ONE_CALL, 1, 4)  # 4 rows in 50 ms at $3.6/h: 1e-3 $/s * 0.05 s / 4 * 1e6
+    assert priced(mine, alone, usd) == pytest.approx(12.5)
+    assert priced(mine, alone, None) is None
+    table = kernels_table("title", [ours, mine], ["deepseek-v3"], usd)
     cells = {str(column.header): list(column.cells) for column in table.columns}
     assert cells["kernel"] == ["tokenfab", "user:mine"]
     assert cells["us"] == ["50,000", "50,000"]
     assert cells["x tokenfab"] == ["1.00", "1.00"]
-    assert cells["$/M rows"] == ["12.5", "12.5"]
+    assert cells["$/M"] == ["12.5", "12.5"]
+    assert cells["where"] == [ONE_CALL] * 2
+    placed = dataclasses.replace(
+        mine, point=msgspec.structs.replace(mine.point, shape={"m": 64, "n": 7168, "k": 16384})
+    )
+    assert str(place_of(placed, ["deepseek-v3"])) == "deepseek-v3 o_proj"
     assert cells["verdict"] == ["not_flat", "not_flat"]  # the virtual clock's half second of warm-up
     assert mine.floor_s == records[1].measurement.floor_s
     wrong = bench(load(RIGHT.replace("output.copy_(", "output.copy_(2 * ")))
-    table = kernels_table("t", summaries([wrong.record]), None)
+    table = kernels_table("t", summaries([wrong.record]), [], None)
     cells = {str(column.header): next(iter(column.cells)) for column in table.columns}
-    assert [cells[name] for name in ("us", "of floor", "x tokenfab", "$/M rows")] == ["-"] * 4
+    assert [cells[name] for name in ("us", "of floor", "x tokenfab", "$/M")] == ["-"] * 4
     assert "error" in str(cells["verdict"])
 
 
@@ -436,7 +449,7 @@ def test_the_edit_loop(virtual: None, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert result.stdout.count("user:mine") == 1
     assert "ok (quick)" in result.stdout
-    assert "$/M: of this one call, per million rows of its activations, at $" in result.stdout
+    assert "$/M: dollars per million output tokens that the op costs where it stands in a step, at $" in result.stdout
     assert len(list(store.records())) == 4
     # a mistake: no time, exit code 1
     path.write_text(MXFP4 + "    output *= 1.1\n")
