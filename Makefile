@@ -37,7 +37,7 @@ test: $(VENV)/.tokenfab-test
 # The same packages with only Triton (and what it needs) replaced: its folder comes first on the path.
 test-oldest: $(OLDEST_VENV)/.tokenfab-oldest
 	$(OLDEST_VENV)/bin/python -m pytest $(PARALLEL) tests/kernels tests/bench/test_inspect.py \
-	  tests/bench/test_inspect_gate.py tests/bench/test_campaign.py
+	  tests/bench/test_inspect_gate.py tests/bench/test_campaign.py tests/bench/test_decode_step.py
 
 GPU_PYTHON ?= python3
 GPU_PYTHON_VERSION ?= 3.12
@@ -48,7 +48,8 @@ gpu: gpu-test gpu-lab
 
 gpu-test:
 	mkdir -p build/typing && ln -sfn $(CURDIR) build/typing/tokenfab
-	$(ON_GPU) -m pytest tests/kernels -k "not points and not codec" -p no:cacheprovider
+	$(ON_GPU) -m pytest tests/kernels tests/reliability/test_walk_*.py tests/bench/test_decode_step.py \
+	  -k "not points and not codec" -p no:cacheprovider
 
 gpu-lab:
 	mkdir -p build/typing && ln -sfn $(CURDIR) build/typing/tokenfab

@@ -309,16 +309,20 @@ def _summary(out: Path, gpu: str, as_json: bool) -> None:
     from ..bench.lab_field import document, field_rows, num_behind
     from ..bench.lab_tables import checks_lines, field_table, steps_lines
     from ..bench.published import PublishedData, PublishedDataError
-    from ..bench.recorded import RecordedData
+    from ..bench.recorded import NoRecords, RecordedData
 
-    row, recorded = get_gpu(gpu), RecordedData(out)
+    row = get_gpu(gpu)
     checks = CheckFile(out / _CHECKS / f"{gpu}.ndjson").read()
     try:
         published = PublishedData()
     except PublishedDataError as error:  # a machine with a GPU and little else
         click.echo(f"warning: no published rows beside ours: {error}", err=True)
         published = None
-    rows = field_rows(recorded, published, row)
+    try:
+        rows = field_rows(RecordedData(out), published, row)
+    except NoRecords as error:  # the checks and steps have something to say all the same
+        click.echo(f"warning: {error}", err=True)
+        rows = []
     steps = read_steps(out / _STEPS / f"{gpu}.ndjson")
     lines = [f"{num_behind(rows)} of {len(rows)} shapes behind; records: {out}", *steps_lines(steps),
              *checks_lines(checks)]  # fmt: skip
