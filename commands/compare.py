@@ -87,6 +87,8 @@ def gate() -> None:
 @click.option("--budget", "budget_s", type=float, default=3.0, show_default=True, help="Seconds of timing per point.")
 @click.option("--gpu", help="Which row of `tokenfab gpus` this GPU is; by default told by its name.")
 @click.option("--out", type=path_type, help="Folder that keeps what was measured; a temporary one by default.")
+@click.option("--kernel", metavar="FILE.py:FUNCTION", help="With --measure: a kernel of your own that BASELINE has "
+              "points of; runs that file.")  # fmt: skip
 @_percent("--margin", 3.0, "A point fails when it is surely slower by more than this, and than 3 x the noise.")
 @_percent("--total-margin", 1.0, "The same for the sum of a model's gated kernels, in time and so in $/M.")
 @click.option("--pass", "this_pass", type=click.IntRange(1), hidden=True)
@@ -96,8 +98,8 @@ def gate() -> None:
 @json_option
 def times(
     baseline: str, current: str | None, measure: bool, cycles: int, processes: int, budget_s: float, gpu: str | None,
-    out: Path | None, margin: float, total_margin: float, this_pass: int | None, keys: Path | None, models: list[str],
-    as_json: bool, **options: Any,
+    out: Path | None, kernel: str | None, margin: float, total_margin: float, this_pass: int | None,
+    keys: Path | None, models: list[str], as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """CURRENT against BASELINE: records, or pytest-benchmark's JSON, as `tokenfab compare` takes them.
 
@@ -105,6 +107,7 @@ def times(
     Examples:
       tokenfab gate times baselines/h100.jsonl records/h100.jsonl
       tokenfab gate times baselines/h100.jsonl --measure
+      tokenfab gate times mine.jsonl --measure --kernel mine.py:my_kernel
       tokenfab gate times .benchmarks/baseline/h100 .benchmarks/h100
     """
     from ..bench.gate import GateResult, gate_in_cycles
@@ -123,11 +126,11 @@ def times(
         before = read_side(baseline)
         if this_pass is not None:
             assert out is not None
-            _measure(before, keys, out, this_pass, gpu, budget_s)
+            _measure(before, keys, out, this_pass, gpu, budget_s, kernel)
             return
         if measure:
             folder = out or Path(tempfile.mkdtemp(prefix="tokenfab-gate-"))
-            again = ["--gpu", gpu] if gpu else []
+            again = [*(["--gpu", gpu] if gpu else []), *(["--kernel", kernel] if kernel else [])]
 
             def measured(cycle: int, wanted: frozenset[str] | None) -> Side:
                 place = folder / f"cycle-{cycle}"
@@ -158,14 +161,16 @@ def times(
     raise click.exceptions.Exit(result.exit_code)
 
 
-def _measure(before: Any, keys: Path | None, out: Path, number: int, gpu: str | None, budget_s: float) -> None:
+def _measure(
+    before: Any, keys: Path | None, out: Path, number: int, gpu: str | None, budget_s: float, kernel: str | None
+) -> None:
     """One pass, in the process that this command started for it."""
     from ..bench.cuda_device import CudaDevice
-    from ..bench.gate_run import baseline_targets, measure_pass
+    from ..bench.gate_run import baseline_targets, measure_pass, user_kernels
     from ..bench.measurement import Settings
 
     chosen = frozenset(keys.read_text().split("\n")) - {""} if keys else frozenset()
-    targets = baseline_targets(before, chosen or None)
+    targets = baseline_targets(before, chosen or None, user_kernels(before, kernel) if kernel else ())
     with Progress(f"pass {number}", quiet=False) as progress:
         outcomes = measure_pass(
             targets, CudaDevice(), out, number, gpu, Settings(budget_s=budget_s, energy_s=None),

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 from tokenfab.__main__ import cli
-from tokenfab.bench.gate_run import baseline_targets, measure_pass
+from tokenfab.bench.gate_run import baseline_targets, measure_pass, user_kernels
 from tokenfab.bench.record import Record, encode
 from tokenfab.bench.records import RecordStore
 from tokenfab.commands import compare as compare_commands
@@ -192,8 +192,9 @@ def test_measure_runs_passes_in_fresh_processes(base: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(compare_commands.subprocess, "run", process)
     out = tmp_path / "out"
-    result = run("gate", "times", base, "--measure", "--out", out, "--gpu", "h100")
+    result = run("gate", "times", base, "--measure", "--out", out, "--gpu", "h100", "--kernel", "mine.py:mine")
     assert result.exit_code == 0, result.output
+    assert all(command[command.index("--kernel") + 1] == "mine.py:mine" for command in commands)
     assert [command[command.index("--pass") + 1] for command in commands] == ["1", "2", "3"] * 2
     assert all(command[1:5] == ["-m", "tokenfab", "gate", "times"] for command in commands)
     assert sorted(path.name for path in out.iterdir()) == ["cycle-1", "cycle-2"]
@@ -218,6 +219,20 @@ def test_targets_of_a_baseline() -> None:
     assert baseline_targets(side(peer))[0].kernel.library == "torch.matmul"
     with pytest.raises(ValueError, match=r"^baseline: expected a kernel for gemm/fp8_block-fp8_group@other"):
         baseline_targets(side(processes(1.0, recipe="other")))
+
+
+def test_a_kernel_of_ones_own_is_gated_like_any_other(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def mine(weights, activations, output):\n    pass\n")
+    baseline = side(processes(1.0), processes(2.0, recipe="user:mine"), label="base.jsonl")
+    kernels = user_kernels(baseline, f"{file}:mine")
+    assert [(each.name, each.library) for each in kernels] == [("gemm/fp8_block-fp8_group@user:mine", "user:mine")]
+    found = baseline_targets(baseline, None, kernels)
+    assert [each.kernel.library for each in found] == ["", "user:mine"]
+    with pytest.raises(ValueError, match=r"^baseline: expected a kernel for .*@user:mine"):
+        baseline_targets(baseline)
+    with pytest.raises(ValueError, match=r"^kernel: expected points of user:other in base.jsonl; got tokenfab, user:"):
+        user_kernels(baseline, f"{file}:other")
 
 
 def test_a_pass_records_into_the_gpus_file(tmp_path: Path) -> None:
