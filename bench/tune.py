@@ -32,6 +32,7 @@ from .measurement import Measurement, Settings, num_rotated_sets
 from .noise import MAX_A_A, MIN_PROCESSES, process_noise
 from .record import Environment, Point, Record, environment
 from .records import RecordStore
+from .targets import Target
 from .timing import measure
 from .tune_prune import Pruned, name_of
 
@@ -71,59 +72,81 @@ def anchor_name(pruned: Pruned) -> str:
     return f"{pruned.target.kernel.name} {name_of(pruned.place.default)}"
 
 
+AnyTile = Any
+"""A ``Tile`` of tokenfab's kernels, or what stands for one in a ``Contest``: hashable."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What competes at one shape: ``tiles``, hashable, the default first; ``anchor`` names the default's launches."""
+
+    target: Target
+    tiles: tuple[AnyTile, ...]
+    anchor: str
+    fields: Callable[[AnyTile], dict[str, Any]] = asdict
+    """A tile as a record's point holds it."""
+
+    @classmethod
+    def of(cls, pruned: Pruned) -> Contest:
+        """The tiles that inspection left, and the default whatever inspection found."""
+        default = pruned.place.default
+        others = (each.tile for each in pruned.survivors if each.tile != default)
+        return cls(pruned.target, (default, *others), anchor_name(pruned))
+
+
 class Trials:
     """What is recorded of one target's tiles, per round: records of this kernel, GPU and software alone."""
 
     def __init__(
-        self, pruned: Pruned, gpu: Gpu, here: Environment, rounds: Sequence[Round], records: Iterable[Record]
+        self, contest: Contest | Pruned, gpu: Gpu, here: Environment, rounds: Sequence[Round], records: Iterable[Record]
     ) -> None:
-        self._pruned, self._gpu, self.here, self.rounds = pruned, gpu, here, rounds
-        default = pruned.place.default
-        self._tiles = [default, *(each.tile for each in pruned.survivors if each.tile != default)]
+        self._contest = contest if isinstance(contest, Contest) else Contest.of(contest)
+        self._gpu, self.here, self.rounds = gpu, here, rounds
+        self._tiles = list(self._contest.tiles)
         self._tile_of = {self.point(tile).key: tile for tile in self._tiles}
-        self._found: dict[tuple[Tile, str], list[Record]] = {}
-        self.skipped: dict[Tile, str] = {}
+        self._found: dict[tuple[AnyTile, str], list[Record]] = {}
+        self.skipped: dict[AnyTile, str] = {}
         for record in records:
             self.add(record)
 
-    def point(self, tile: Tile) -> Point:
-        return point_of(self._pruned.target, self._gpu, self.here, asdict(tile))
+    def point(self, tile: AnyTile) -> Point:
+        return point_of(self._contest.target, self._gpu, self.here, self._contest.fields(tile))
 
     def add(self, record: Record) -> None:
         """Takes note of a record, if it is one of these tiles, in a round, beside the same default."""
         tile, facts = self._tile_of.get(record.point.key), record.measurement
         there, here = ((e.name, e.driver, e.cuda, e.torch, e.triton) for e in (record.environment, self.here))
-        if tile is None or there != here or facts.anchor != anchor_name(self._pruned):
+        if tile is None or there != here or facts.anchor != self._contest.anchor:
             return
         for each in self.rounds:
             if facts.settings == each.settings:
                 self._found.setdefault((tile, each.name), []).append(record)
 
-    def records(self, tile: Tile, of: Round) -> list[Record]:
+    def records(self, tile: AnyTile, of: Round) -> list[Record]:
         return self._found.get((tile, of.name), [])
 
-    def num_processes(self, tile: Tile, of: Round) -> int:
+    def num_processes(self, tile: AnyTile, of: Round) -> int:
         """Processes with a time: what an unsteady machine made invalid is measured again by the next run."""
         return len({record.process for record in self.records(tile, of) if record.time_s is not None})
 
-    def fault(self, tile: Tile) -> str:
+    def fault(self, tile: AnyTile) -> str:
         """Why a tile is out for good: its output was wrong, or too fast to be true, or it does not fit; "" for none."""
         every = (record for each in self.rounds for record in self.records(tile, each))
         reasons = (reason for record in every for reason in record.invalid)
         return next((reason for reason in reasons if reason.startswith(_FAULTS)), "") or self.skipped.get(tile, "")
 
-    def ratios(self, tile: Tile, of: Round) -> list[float]:
+    def ratios(self, tile: AnyTile, of: Round) -> list[float]:
         """To the default beside it, one per record."""
         return [record.anchor_ratio for record in self.records(tile, of) if record.anchor_ratio is not None]
 
     # -- who goes on -------------------------------------------------------------------------------
 
-    def ranking(self, tiles: Iterable[Tile], of: Round) -> list[Tile]:
+    def ranking(self, tiles: Iterable[AnyTile], of: Round) -> list[AnyTile]:
         """Those of ``tiles`` that have a time in this round, the fastest first."""
         timed = [tile for tile in tiles if self.ratios(tile, of) and not self.fault(tile)]
         return sorted(timed, key=lambda tile: median(self.ratios(tile, of)))
 
-    def entrants(self, index: int) -> list[Tile]:
+    def entrants(self, index: int) -> list[AnyTile]:
         """The tiles of a round, the default first, by what the rounds before it found."""
         tiles, last = self._tiles, len(self.rounds) - 1
         for number in range(index):
@@ -186,13 +209,13 @@ class Searched(NamedTuple):
     """``is_whole``: no tile was left out for want of time. ``skipped``: tiles that could not be measured, and why."""
 
     is_whole: bool
-    skipped: dict[Tile, str]
+    skipped: dict[AnyTile, str]
 
 
 def search(
-    trials: Trials, store: RecordStore, measured: Callable[[Tile, Settings], Measurement], *, process: int = 1,
+    trials: Trials, store: RecordStore, measured: Callable[[AnyTile, Settings], Measurement], *, process: int = 1,
     is_over: Callable[[float], bool] = lambda share: False,
-    done: Callable[[int, int, Round, Tile], None] = lambda number, total, at, tile: None,
+    done: Callable[[int, int, Round, AnyTile], None] = lambda number, total, at, tile: None,
 ) -> Searched:  # fmt: skip
     """Measures what ``trials`` lacks, round by round, each appended to ``store``.
 
@@ -219,7 +242,7 @@ def search(
 
 
 def _attempt(
-    trials: Trials, store: RecordStore, tile: Tile, at: Round, measured: Callable[[Tile, Settings], Measurement]
+    trials: Trials, store: RecordStore, tile: AnyTile, at: Round, measured: Callable[[AnyTile, Settings], Measurement]
 ) -> None:
     try:
         record = Record.of(trials.point(tile), measured(tile, at.settings), trials.here)
@@ -238,13 +261,13 @@ def _attempt(
 def run_search(
     pruned: Pruned, device: Device, gpu: Gpu, store: RecordStore, *, process: int = 1,
     rounds: Sequence[Round] = ROUNDS, buffers_on: Any = "cuda", is_over: Callable[[float], bool] = lambda share: False,
-    done: Callable[[int, int, Round, Tile], None] = lambda number, total, at, tile: None,
+    done: Callable[[int, int, Round, AnyTile], None] = lambda number, total, at, tile: None,
 ) -> Searched:  # fmt: skip
     """``search`` on a device, with the anchor made when it is first needed. Returns and raises as ``search``."""
     trials = Trials(pruned, gpu, environment(device.properties), rounds, store.records())
     anchors: list[Anchor] = []
 
-    def measured(tile: Tile, settings: Settings) -> Measurement:
+    def measured(tile: AnyTile, settings: Settings) -> Measurement:
         if not anchors:
             anchors.append(default_anchor(pruned, device.properties.l2_bytes, buffers_on))
         return measure_tile(pruned, tile, device, gpu, anchors[0], settings, buffers_on)
@@ -259,7 +282,7 @@ def run_search(
 class Timed:
     """A finalist over its processes: medians of its time and of its ratio to the default beside it."""
 
-    tile: Tile
+    tile: AnyTile
     time_s: float
     ratio: float
     noise: float
@@ -277,7 +300,7 @@ class Verdict:
     best: Timed | None
     gain: float | None
     noise: float | None
-    adopted: Tile | None
+    adopted: AnyTile | None
     reason: str
 
     @property
@@ -286,7 +309,7 @@ class Verdict:
         return self.default.time_s * self.gain if self.adopted and self.default and self.gain else 0.0
 
 
-def _timed(trials: Trials, tile: Tile, processes: int) -> Timed | None:
+def _timed(trials: Trials, tile: AnyTile, processes: int) -> Timed | None:
     final = trials.rounds[-1]
     times = [record.time_s for record in trials.records(tile, final) if record.time_s is not None]
     ratios = trials.ratios(tile, final)

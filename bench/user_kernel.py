@@ -7,6 +7,8 @@ fills ``output``. The file may define:
 ``prepare_weights(weights) -> buffers``: a layout of its own, made once at load; ``FUNCTION`` then gets that. The
 reference is still computed from the original, made again from its seed.
 ``TOLERANCE``: at most that of the registry's row.
+``TILES``: a list of dicts of keyword arguments for ``FUNCTION``, for ``tokenfab tune`` to choose among; the first is
+what it is launched with until then.
 
 The file and the modules beside it that it imports name a version of the kernel in records, with ``FUNCTION``; the
 recipe is "user:FUNCTION".
@@ -33,7 +35,9 @@ from .foreign import ForeignCode
 
 RECIPE = "user:"
 
-Function = Callable[[Any, Any, Any], None]
+Function = Callable[..., None]
+UserTile = tuple[tuple[str, int | str], ...]
+"""Keyword arguments of a launch; hashable."""
 
 
 class _LoadError(ValueError):
@@ -53,6 +57,7 @@ class UserKernel(Kernel):
         path: the file, absolute. function_name: of the launch in it.
         function, prepare: what the file defines; ``prepare`` None without.
         files: (name, content) of all that names its version.
+        tiles: those of the file's ``TILES``. tile: the one that it is launched with.
     """
 
     base: Kernel
@@ -61,6 +66,8 @@ class UserKernel(Kernel):
     function: Function
     prepare: Callable[[Any], Any] | None
     files: tuple[tuple[str, bytes], ...]
+    tiles: tuple[UserTile, ...] = ()
+    tile: UserTile = ()
 
     def load(self) -> Runnable:
         return UserRun(self)
@@ -104,16 +111,21 @@ def load_user_kernel(place: str, base: Kernel) -> UserKernel:
     if function is None:
         known = [each for each, part in vars(module).items() if inspect.isfunction(part)]
         raise ValueError(f"kernel: expected a function {function_name} in {path}; it has {', '.join(known) or 'none'}")
-    _require_signature(path, function_name, function, ("weights", "activations", "output"))
+    offered = getattr(module, "TILES", None)
+    _require_signature(
+        path, function_name, function, ("weights", "activations", "output"), has_tiles=offered is not None
+    )
     prepare = getattr(module, "prepare_weights", None)
     if prepare is not None:
         _require_signature(path, "prepare_weights", prepare, ("weights",))
+    tiles = _tiles(path, function_name, function, offered)
     return UserKernel(
         op=base.op, weight=base.weight, activation=base.activation, title=f"{function_name} of {path.name}",
         sources=(), runnable="", points=list, work=base.work, min_capability=0,
         tolerance=_tolerance(path, getattr(module, "TOLERANCE", None), base),
         library=f"{RECIPE}{function_name}", base=base, path=path, function_name=function_name, function=function,
         prepare=prepare, files=tuple((each.name, each.read_bytes()) for each in _files(path)),
+        tiles=tiles, tile=tiles[0] if tiles else (),
     )  # fmt: skip
 
 
@@ -139,7 +151,9 @@ def _files(path: Path) -> list[Path]:
     return sorted(beside | {path})
 
 
-def _require_signature(path: Path, name: str, function: Any, arguments: tuple[str, ...]) -> None:
+def _require_signature(
+    path: Path, name: str, function: Any, arguments: tuple[str, ...], *, has_tiles: bool = False
+) -> None:
     expected = f"kernel: {path}: {name}: expected a Python function of ({', '.join(arguments)})"
     if type(function).__module__.startswith("triton"):
         raise ValueError(f"{expected} that launches Triton kernels; got a Triton kernel")
@@ -147,7 +161,7 @@ def _require_signature(path: Path, name: str, function: Any, arguments: tuple[st
         raise ValueError(f"{expected}; got {type(function).__name__}")
     signature = inspect.signature(function)
     try:
-        signature.bind(*arguments)
+        (signature.bind_partial if has_tiles else signature.bind)(*arguments)  # tiles fill in the rest
     except TypeError:
         raise ValueError(f"{expected}; got {name}{signature}") from None
 
@@ -161,6 +175,26 @@ def _tolerance(path: Path, got: Any, base: Kernel) -> float:
             f"kernel: {path}: TOLERANCE: expected a number from 0 to {base.tolerance:g}, {base.name}'s; got {got!r}"
         )
     return float(got)
+
+
+def _tiles(path: Path, name: str, function: Function, got: Any) -> tuple[UserTile, ...]:
+    if got is None:
+        return ()
+    expected = f"kernel: {path}: TILES: expected a list of dicts of keyword arguments of {name}, each another"
+    if not isinstance(got, list | tuple) or not got or not all(isinstance(tile, dict) and tile for tile in got):
+        raise ValueError(f"{expected}; got {got!r}")
+    for tile in got:
+        wrong = [key for key, value in tile.items() if not isinstance(value, int | str) or not isinstance(key, str)]
+        if wrong:
+            raise ValueError(f"{expected}, whole numbers or texts; got {wrong[0]!r}: {tile[wrong[0]]!r}")
+        try:
+            inspect.signature(function).bind("weights", "activations", "output", **tile)
+        except TypeError as error:
+            raise ValueError(f"{expected}; got {tile!r}: {error}") from None
+    tiles = tuple(tuple(tile.items()) for tile in got)
+    if len({tuple(sorted(tile)) for tile in tiles}) < len(tiles):
+        raise ValueError(f"{expected}; got one twice")
+    return tiles
 
 
 class UserRun:
@@ -210,7 +244,7 @@ class UserRun:
         # dicts of its own: what it puts into them or takes out is not there at the next call
         given = [dict(part) if isinstance(part, dict) else part for part in (own, activations, output)]
         with self._theirs(name):
-            returned = self._kernel.function(*given)
+            returned = self._kernel.function(*given, **dict(self._kernel.tile))
         if returned is not None and returned is not given[2]:
             raise UserKernelError(
                 f"{self._kernel.path}: {name}: expected output filled in place and None returned; got "
@@ -223,9 +257,9 @@ class UserRun:
             weights = self._base.make_weights(shape, seed, self._device, is_exact=bool(is_exact))
         return self._base.reference(shape, weights, activations)
 
-    def tile(self, shape: Shape, device: Any) -> dict[str, int]:
-        """None: the source names the version, however it cuts up a launch."""
-        return {}
+    def tile(self, shape: Shape, device: Any) -> dict[str, Any]:
+        """Of ``TILES``; none without: then the source alone names the version."""
+        return dict(self._kernel.tile)
 
 
 def _leaves(buffers: Any) -> Iterator[Any]:

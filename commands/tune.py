@@ -46,6 +46,8 @@ FIRST_PASS = 0.6
               help="Fresh processes of the final; their spread is the noise.")  # fmt: skip
 @click.option("--out", type=path_type, default="records", show_default=True, help="Folder of the records.")
 @click.option("--table", type=path_type, metavar="FILE", help="Table of tuned tiles; OUT/tuned-GPU.json by default.")
+@click.option("--kernel", metavar="FILE.py:FUNCTION",
+              help="A kernel of your own instead: chooses among its TILES. Runs that file.")  # fmt: skip
 @price_options
 @click.option("--pass", "this_pass", type=click.IntRange(1), hidden=True)
 @click.option("--pass-budget", "pass_budget_s", type=float, hidden=True)
@@ -53,7 +55,8 @@ FIRST_PASS = 0.6
 def tune(
     op: str, models: list[str], formats: list[str] | None, batches: list[int], contexts: list[int],
     shapes: tuple[str, ...], gpu: str | None, arch: str | None, jobs: int | None, no_cache: bool, only_floors: bool,
-    show_all: bool, budget_minutes: float | None, processes: int, out: Path, table: Path | None, tier: str,
+    show_all: bool, budget_minutes: float | None, processes: int, out: Path, table: Path | None, kernel: str | None,
+    tier: str,
     book: str | None, price_file: Path | None, usd_per_gpu_hour: float | None, this_pass: int | None,
     pass_budget_s: float | None, as_json: bool,
 ) -> None:  # fmt: skip
@@ -71,6 +74,7 @@ def tune(
       tokenfab tune gemm --format fp8_block --model deepseek-v3 --batch 64 --gpu h100
       tokenfab tune moe --format mxfp4-bf16 --model gpt-oss-120b --batch 16,64 --budget-minutes 20
       tokenfab tune gemm --format mxfp4-bf16 --shape m=64,n=7168,k=2048 --gpu h200 --all
+      tokenfab tune gemm --format fp8_block --shape m=64,n=7168,k=2048 --kernel mine.py:my_kernel
     """
     from ..bench.targets import find_targets, shape_fields
     from ..bench.tune_prune import prune
@@ -83,6 +87,24 @@ def tune(
     if arch not in (None, own_arch):
         raise ValueError(f"arch: expected {own_arch}, as {row.name} has; got {arch}")
     asked = [shape_fields(op, text) for text in shapes]
+    options = [op, "--gpu", row.name, "--out", str(out)]
+    for flag, values in (("--model", models), ("--format", formats), ("--batch", batches), ("--context", contexts)):
+        options += [flag, ",".join(map(str, values))] if values else []
+    options += [part for text in shapes for part in ("--shape", text)] + (["--jobs", str(jobs)] if jobs else [])
+    budget_s = None if budget_minutes is None else 60 * budget_minutes
+    if kernel is not None:
+        from .tune_user import conclude_user, find_user_targets, measure_user, no_gpu
+
+        own = find_user_targets(op, formats, kernel, models, batches, contexts, row, asked)
+        if this_pass is not None:
+            measure_user(own, row, out, this_pass, pass_budget_s, _clock)
+        elif properties is None:
+            no_gpu(own, why_no_gpu)
+        else:
+            _run_passes([*options, "--kernel", kernel], processes, budget_s)
+            conclude_user(own, properties, row, out, processes,
+                          lambda: _price(row, usd_per_gpu_hour, tier, book, price_file), as_json)  # fmt: skip
+        return
     targets = [
         target for target in find_targets(op, formats, models, batches, row, contexts, shapes=asked)
         if not target.kernel.library and not target.shape.get("load") and (asked or target.places != ("compared",))
@@ -108,11 +130,7 @@ def tune(
     if properties is None or only_floors:
         _finish_without(pruned, row, why_no_gpu, as_json)
         return
-    options = [op, "--gpu", row.name, "--out", str(out)]
-    for flag, values in (("--model", models), ("--format", formats), ("--batch", batches), ("--context", contexts)):
-        options += [flag, ",".join(map(str, values))] if values else []
-    options += [part for text in shapes for part in ("--shape", text)] + (["--jobs", str(jobs)] if jobs else [])
-    _run_passes(options, processes, None if budget_minutes is None else 60 * budget_minutes)
+    _run_passes(options, processes, budget_s)
     _conclude(pruned, properties, row, out, table or out / f"tuned-{row.name}.json", processes,
               lambda: _price(row, usd_per_gpu_hour, tier, book, price_file), as_json)  # fmt: skip
 

@@ -36,12 +36,24 @@ def _matmul_kernel(
     tl.store(y_ptrs, acc.to(tl.bfloat16), mask=mask_m[:, None] & mask_n[None, :])
 
 
-def my_kernel(weights: dict[str, torch.Tensor], activations: dict[str, torch.Tensor], output: torch.Tensor) -> None:
+TILES = [
+    {"block_n": 64, "num_warps": 4, "num_stages": 4},
+    {"block_n": 32, "num_warps": 4, "num_stages": 5},
+    {"block_n": 128, "num_warps": 4, "num_stages": 3},
+    {"block_n": 128, "num_warps": 8, "num_stages": 4},
+]  # the first is launched; `tokenfab tune gemm --kernel` measures all
+
+
+def my_kernel(
+    weights: dict[str, torch.Tensor], activations: dict[str, torch.Tensor], output: torch.Tensor, *,
+    block_n: int, num_warps: int, num_stages: int,
+) -> None:  # fmt: skip
     x, x_scale = activations["data"], activations["scale"]  # e4m3 (m, k), float32 (m, k / 128)
     w, w_scale = weights["data"], weights["scale"]  # e4m3 (n, k), float32 (n / 128, k / 128)
     (m, k), n = x.shape, w.shape[0]
     block_m = 16 if m <= 16 else 64
-    grid = (triton.cdiv(n, 64), triton.cdiv(m, block_m))
+    grid = (triton.cdiv(n, block_n), triton.cdiv(m, block_m))
     _matmul_kernel[grid](
-        x, w, x_scale, w_scale, output, m, n, k, BLOCK_M=block_m, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=4
-    )
+        x, w, x_scale, w_scale, output, m, n, k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=128, num_warps=num_warps,
+        num_stages=num_stages,
+    )  # fmt: skip
