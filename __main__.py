@@ -220,7 +220,7 @@ def cost(models: tuple[str, ...], gpus: list[str] | None, stacks: list[str], par
         for result in results:
             print_study(result, min_rate, max_modelled, show_all)
     if report is not None:
-        from .costing.report import write_report
+        from .costing.report.cost_view import write_report
 
         write_report(report, results, min_rate, max_modelled)
         click.echo(f"report: {report}", err=as_json)

@@ -39,11 +39,19 @@ setup(
     version=VERSION,
     description="What one GPU kernel contributes to the price of a token",
     python_requires=">=3.11",
-    packages=["tokenfab", "tokenfab.commands", "tokenfab.kernels", "tokenfab.bench", "tokenfab.costing"],
+    packages=[
+        "tokenfab",
+        "tokenfab.commands",
+        "tokenfab.kernels",
+        "tokenfab.bench",
+        "tokenfab.costing",
+        "tokenfab.costing.report",
+    ],
     package_dir={"tokenfab": "."},
     package_data={
         "tokenfab.bench": ["models/*.json", "recorded/*.json*", "templates/*.py", "tuned/*.json"],
-        "tokenfab.costing": ["prices.toml", "report.html"],
+        "tokenfab.costing": ["prices.toml"],
+        "tokenfab.costing.report": ["page.html", "page.js"],
     },
     install_requires=[
         "aiconfigurator-core>=0.12,<0.13",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tokenfab.costing.prices import stated_price
-from tokenfab.costing.report import cheapest_frontier, write_report
+from tokenfab.costing.report.cost_view import cheapest_frontier, write_report
 from tokenfab.costing.study import StudyResult, run_study, study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -115,6 +115,68 @@ def test_hover_tells_the_point(browser: Any, report: Path) -> None:
     text = page.text_content("#throughput-0 .hoverlayer")
     assert "tokens/s/GPU" in text
     assert "measured" in text
+    assert errors == []
+
+
+PRICES = "Object.fromEntries([...document.querySelectorAll('[data-price-of]')].map(i => [i.dataset.priceOf, +i.value]))"
+
+
+def drawn(page: Any, plot: str, axis: str) -> list[list[float]]:
+    return page.evaluate(f"document.getElementById('{plot}').data.map(t => [...t.{axis}])")
+
+
+def test_prices_and_utilisation_price_the_page_again(browser: Any, report: Path) -> None:
+    page, errors = opened(browser, report, 1280, 900)
+    before, rates = drawn(page, "cost-0", "y"), drawn(page, "throughput-0", "y")
+    bars, cells = (
+        drawn(page, "breakdown-0", "x"),
+        page.eval_on_selector_all("[data-usd]", "all => all.map(c => +c.dataset.usd)"),
+    )
+    book = page.evaluate(PRICES)
+    page.fill("[data-price-of=h100]", "2.6525")  # any price, not whole cents
+    page.fill("[data-price-of=h200]", str(2 * book["h200"]))
+    page.eval_on_selector(
+        "[data-utilisation]", "e => { e.value = 0.5; e.dispatchEvent(new Event('input', {bubbles: true})) }"
+    )
+    factor = {gpu: {"h100": 2 * 2.6525 / book["h100"], "h200": 4.0}.get(gpu, 2.0) for gpu in book}
+    gpus = page.evaluate("document.getElementById('cost-0').data.map(t => t.meta.gpu)")
+    after = drawn(page, "cost-0", "y")
+    assert set(gpus[1:]) == set(book)
+    for gpu, old, new in zip(gpus[1:], before[1:], after[1:], strict=True):
+        assert new == pytest.approx([factor[gpu] * value for value in old], rel=1e-12)
+    # the frontier over all is found again among what is drawn
+    points = [
+        p for xs, ys in zip(drawn(page, "cost-0", "x")[1:], after[1:], strict=True) for p in zip(xs, ys, strict=True)
+    ]
+    best = [(x, y) for x, y in points if not any(a >= x and b <= y and (a, b) != (x, y) for a, b in points)]
+    assert list(zip(drawn(page, "cost-0", "x")[0], after[0], strict=True)) == sorted(set(best))
+    assert drawn(page, "throughput-0", "y") == rates  # what a GPU does, it does at any price
+    of = page.evaluate("document.getElementById('breakdown-0').data[0].meta.gpus")
+    for old, new in zip(bars, drawn(page, "breakdown-0", "x"), strict=True):
+        assert new == pytest.approx([factor[gpu] * value for gpu, value in zip(of, old, strict=True)], rel=1e-12)
+    labels = page.evaluate("[...document.getElementById('breakdown-0').data[0].y]")
+    totals = [sum(values) for values in zip(*drawn(page, "breakdown-0", "x"), strict=True)]
+    assert [float(label.split("$")[1]) for label in labels] == pytest.approx(totals, rel=0.005)
+    texts = page.eval_on_selector_all("[data-usd]", "all => all.map(c => [c.dataset.gpu, +c.textContent])")
+    assert [text for _, text in texts] == [
+        round(factor[gpu] * usd, 3) for (gpu, _), usd in zip(texts, cells, strict=True)
+    ]
+    page.click("#reprice button[type=reset]")
+    page.wait_for_function("document.querySelector('#reprice output').value === '100 %'")
+    assert drawn(page, "cost-0", "y") == before
+    assert errors == []
+
+
+@pytest.mark.parametrize("wrong", ["-1", "0", ""])
+def test_a_wrong_price_prices_nothing(browser: Any, report: Path, wrong: str) -> None:
+    page, errors = opened(browser, report, 1280, 900)
+    before = drawn(page, "cost-0", "y")
+    page.fill("[data-price-of=h100]", wrong)
+    assert page.inner_text("#reprice-error") == "expected 0.01 or more: nothing is priced again"
+    assert drawn(page, "cost-0", "y") == before
+    page.fill("[data-price-of=h100]", "1")
+    assert page.inner_text("#reprice-error") == ""
+    assert drawn(page, "cost-0", "y") != before
     assert errors == []
 
 

@@ -11,7 +11,7 @@ from tokenfab.bench.memory import largest_batch
 from tokenfab.bench.published import PROVENANCES, PublishedData
 from tokenfab.bench.records import RecordStore
 from tokenfab.costing.document import document
-from tokenfab.costing.report import write_report
+from tokenfab.costing.report.cost_view import write_report
 from tokenfab.costing.study import StudyResult, choose_precision, price_step, run_study, study
 from tokenfab.costing.sweep import Parallel, best_points, frontier
 from tokenfab.costing.tables import points_table, skipped_lines

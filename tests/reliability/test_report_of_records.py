@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenfab.bench.published import MEASURED_HERE
 from tokenfab.bench.records import RecordStore
-from tokenfab.costing.report import write_report
+from tokenfab.costing.report.cost_view import write_report
 from tokenfab.costing.study import run_study, study
 from tokenfab.tests.bench.recorded_points import recorded
 from tokenfab.tests.costing.test_report import HOSTILE, browser, opened

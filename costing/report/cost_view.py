@@ -1,30 +1,20 @@
-"""The report: one HTML file that works offline. Throughput and $/M against interactivity, and where the money goes.
-
-Plotly draws; this file only arranges data. Colour means GPU (or group of ops), line and marker the
-stack, hatching the provenance, so nothing is told by colour alone. The palette is Okabe and Ito's.
-"""
+"""The page of a study: throughput and $/M against interactivity, and where the money goes."""
 
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Iterable, Sequence
-from datetime import date
 from pathlib import Path
 from statistics import median
-from string import Template
 from typing import Any
 
-from .. import __version__
-from ..bench.decode_plan import OMITTED
-from ..bench.published import MEASURED_HERE, PROVENANCES
-from .cost import OpCost, StepCost
-from .study import StudyResult
-from .sweep import Parallel, best_points, frontier
+from ...bench.decode_plan import OMITTED
+from ...bench.published import MEASURED_HERE, PROVENANCES
+from ..cost import OpCost, StepCost
+from ..study import StudyResult
+from ..sweep import Parallel, best_points, frontier
+from .page import OKABE_ITO, Cell, Section, axis, html_table, layout, log_axis, plot, price_inputs, write_page
 
-TEMPLATE = Path(__file__).with_name("report.html")
-
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 STACK_STYLE = {
     "vllm": ("solid", "circle"), "sglang": ("dash", "square"), "trtllm": ("dot", "diamond"),
     "tokenfab": ("longdash", "star"), "tokenfab+vllm": ("longdashdot", "circle-open"),
@@ -76,57 +66,23 @@ def _hover(point: StepCost) -> str:
     return "<br>".join(lines + ([f"look twice: {twice}"] if twice else []))
 
 
-def _axis(title: str, **more: Any) -> dict[str, Any]:
-    return {"title": {"text": title}, "gridcolor": "#e6e9ec", "zeroline": False, "automargin": True, **more}
-
-
-def _log_axis(title: str) -> dict[str, Any]:
-    """A log axis labelled 1, 2, 5, 10, ... in full."""
-    ticks = [digit * 10.0**power for power in range(-3, 7) for digit in (1, 2, 5)]
-    return _axis(
-        title,
-        type="log",
-        tickvals=ticks,
-        ticktext=[f"{tick:,.3g}" if tick < 1000 else f"{tick:,.0f}" for tick in ticks],
-    )
-
-
-def _layout(x: dict[str, Any], y: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {
-        "xaxis": x,
-        "yaxis": y,
-        "plot_bgcolor": "#fff",
-        "paper_bgcolor": "#fff",
-        "hovermode": "closest",
-        "margin": {"l": 70, "r": 20, "t": 10, "b": 55},
-        "font": {"family": "system-ui, sans-serif", "size": 13},
-        "hoverlabel": {"align": "left"},
-        **more,
-    }
-
-
 def _curves(points: Sequence[StepCost], y: str, title: str) -> dict[str, Any]:
     """One line per GPU and stack along its frontier, and the frontier of all of them."""
     gpus = list(dict.fromkeys(point.step.gpu.name for point in points))
+    kinds = {"x": "rate", "y": "usd" if y == "usd_per_mtok_output" else "rate"}
     traces: list[dict[str, Any]] = []
     for (gpu, stack), series in _series(points).items():
         dash, symbol = STACK_STYLE[stack]
         colour = OKABE_ITO[gpus.index(gpu) % len(OKABE_ITO)]
-        traces.append(
-            _line(
-                frontier(series),
-                y,
-                f"{gpu} {stack}",
-                {"color": colour, "width": 1.8, "dash": dash},
-                {"color": colour, "symbol": symbol, "size": 7},
-            )
-        )
+        line = {"color": colour, "width": 1.8, "dash": dash}
+        marker = {"color": colour, "symbol": symbol, "size": 7}
+        traces.append(_line(frontier(series), y, f"{gpu} {stack}", line, marker) | {"meta": {"gpu": gpu, **kinds}})
     best = frontier(points) if y == "tokens_per_s_per_gpu" else cheapest_frontier(points)
     over_all = _line(best, y, "best of all", {"color": "rgba(0,0,0,0.25)", "width": 9}, {"size": 1, "color": "#000"})
-    over_all["hoverinfo"] = "skip"
+    over_all |= {"hoverinfo": "skip", "meta": {"best": "low" if kinds["y"] == "usd" else "high"}}
     del over_all["hovertemplate"]
-    layout = _layout(_log_axis("tokens per second per user"), _log_axis(title), legend={"groupclick": "toggleitem"})
-    return {"data": [over_all, *traces], "layout": layout}
+    axes = (log_axis("tokens per second per user"), log_axis(title))
+    return {"data": [over_all, *traces], "layout": layout(*axes, legend={"groupclick": "toggleitem"})}
 
 
 def _line(
@@ -162,6 +118,11 @@ def _breakdown(best: Sequence[StepCost]) -> dict[str, Any]:
     """
     totals_usd = [point.usd_per_mtok_output for point in best]
     labels = [f"{point.step.gpu.name} {point.step.stack.name}  ${point.usd_per_mtok_output:.3g}" for point in best]
+    meta = {
+        "x": "usd",
+        "gpus": [point.step.gpu.name for point in best],
+        "labels": [f"{point.step.gpu.name} {point.step.stack.name}" for point in best],
+    }
     totals: dict[tuple[str, str], list[float]] = {}
     for index, point in enumerate(best):
         for op in point.ops():
@@ -181,6 +142,7 @@ def _breakdown(best: Sequence[StepCost]) -> dict[str, Any]:
                 "pattern": {"shape": HATCH[provenance], "fgcolor": "#fff", "fillmode": "overlay", "size": 7},
             },
             "hovertemplate": f"%{{y}}: {group}, {provenance}<br>$%{{x:.3f}} per million tokens<extra></extra>",
+            "meta": meta,
         }
         for number, group in enumerate(GROUP_ORDER)
         for provenance in PROVENANCES
@@ -188,23 +150,12 @@ def _breakdown(best: Sequence[StepCost]) -> dict[str, Any]:
     ]
     return {
         "data": traces,
-        "layout": _layout(
-            _axis("$ per million output tokens", range=[0, 1.02 * min(max(totals_usd), 4 * median(totals_usd))]),
-            _axis("", autorange="reversed", narrow=True),
+        "layout": layout(
+            axis("$ per million output tokens", range=[0, 1.02 * min(max(totals_usd), 4 * median(totals_usd))]),
+            axis("", autorange="reversed", narrow=True),
             barmode="stack",
         ),
     }
-
-
-def _html_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], text_columns: int) -> str:
-    def cells(tag: str, row: Sequence[Any]) -> str:
-        kind = [' class="text"' if index < text_columns else "" for index in range(len(row))]
-        return "".join(f"<{tag}{k}>{html.escape(str(cell))}</{tag}>" for k, cell in zip(kind, row, strict=True))
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table><thead><tr>{cells("th", columns)}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
 
 
 def _best_table(best: Sequence[StepCost]) -> str:
@@ -212,7 +163,7 @@ def _best_table(best: Sequence[StepCost]) -> str:
     kinds = [name for name in PROVENANCES if any(name in point.step.stack.provenances for point in best)]
     for point in best:
         deployment, shares = point.step.deployment, point.step.coverage()
-        parallel = Parallel.of(deployment)
+        gpu, parallel = point.step.gpu.name, Parallel.of(deployment)
         rows.append(
             (
                 point.step.gpu.title,
@@ -222,8 +173,8 @@ def _best_table(best: Sequence[StepCost]) -> str:
                 f"{point.step.step_s * 1e3:.2f}",
                 f"{point.tokens_per_s_per_gpu:,.0f}",
                 f"{point.tokens_per_s_per_user:.1f}",
-                f"{point.price.usd_per_gpu_hour:.2f}",
-                f"{point.usd_per_mtok_output:.3f}",
+                Cell.of(f"{point.price.usd_per_gpu_hour:.2f}", price=gpu),
+                Cell.of(f"{point.usd_per_mtok_output:.3f}", usd=point.usd_per_mtok_output, gpu=gpu),
                 *(f"{shares.get(kind, 0.0):.0%}" for kind in kinds),
                 ", ".join(op.timed.call.name for op in point.suspects()) or "-",
             )
@@ -241,7 +192,7 @@ def _best_table(best: Sequence[StepCost]) -> str:
         *kinds,
         "look twice",
     )
-    return _html_table(columns, rows, 3)
+    return html_table(columns, rows, 3)
 
 
 def _best_section(best: Sequence[StepCost], number: int, name: str, min_tokens_per_s_per_user: float) -> str:
@@ -253,9 +204,58 @@ def _best_section(best: Sequence[StepCost], number: int, name: str, min_tokens_p
     return (
         f"<h3>Where the money goes: {at}</h3>"
         f"<p class='soft'>Plain: measured. Hatched: interpolated. Crossed: modelled.{here}</p>"
-        f'<div class="plot bars" id="breakdown-{number}" role="img" aria-label="{name}: cost by group of ops"></div>'
+        f"{plot(f'breakdown-{number}', f'{name}: cost by group of ops', is_tall=True)}"
         f"<h3>In numbers: {at}, per GPU and stack</h3>{_best_table(best)}"
     )
+
+
+def _model_section(study: StudyResult, number: int, min_rate: float, max_modelled: float) -> Section:
+    name = study.model.name
+    ranked = [point for point in study.points if point.step.coverage()["modelled"] <= max_modelled]
+    best = best_points(ranked, min_rate, max_modelled)
+    throughput, cost = (f"{kind}-{number}" for kind in ("throughput", "cost"))
+    figures = {
+        throughput: _curves(ranked, "tokens_per_s_per_gpu", "tokens per second per GPU"),
+        cost: _curves(ranked, "usd_per_mtok_output", "$ per million output tokens"),
+    }
+    if best:
+        figures[f"breakdown-{number}"] = _breakdown(best)
+    body = (
+        f"<p>{html.escape(study.sweep.precision.title)}; {study.sweep.context} tokens of context per sequence; "
+        f"expert load {html.escape(study.sweep.load)}; {len(ranked)} of {len(study.points)} points ranked.</p>"
+        f"<h3>Throughput against interactivity</h3><p class='soft'>Up and right is better.</p>"
+        f"{plot(throughput, f'{name}, throughput')}"
+        f"<h3>Cost against interactivity</h3><p class='soft'>Down and right is better.</p>{plot(cost, f'{name}, cost')}"
+        + _best_section(best, number, name, min_rate)
+    )
+    return Section(f"model-{number}", name, body, figures)
+
+
+def _prices_section(studies: Sequence[StudyResult]) -> Section:
+    rows = {
+        point.price: (
+            point.step.gpu.title, point.price.tier, f"{point.price.usd_per_gpu_hour:.3f}",
+            point.price.kw_per_gpu or "-", point.price.date, point.price.source, point.price.note,
+        )
+        for study in studies for point in study.points
+    }  # fmt: skip
+    columns = ("GPU", "tier", "$/GPU-h", "kW/GPU", "date", "source", "note")
+    return Section("prices", "Price book used", html_table(columns, rows.values(), 2))
+
+
+def _how_section(max_modelled: float) -> Section:
+    body = (
+        "<p>Every time is one of three kinds. <b>Measured</b>: the exact row of a published table. "
+        "<b>Interpolated</b>: between two rows, through the roofline. <b>Modelled</b>: beyond the last row, borrowed "
+        "from the nearest published shape, or a roofline at a stated efficiency. A stack called tokenfab is this "
+        "project's own kernels: <b>measured here</b> and <b>interpolated here</b> are from its records, and what has "
+        "none is modelled, or the named stack's published row. Published rows replay a CUDA graph over the same "
+        "buffers, so small weights may be warm in L2. Source: aiconfigurator-core (NVIDIA, Apache-2.0). Points with "
+        f"more than {max_modelled:.0%} of their time modelled are not drawn or ranked. Tokens are output tokens of "
+        "decode GPUs. Which points are listed as cheapest, and which kernels to look at twice, is by the book's "
+        "prices; dollars follow the inputs above.</p>"
+    )
+    return Section("how", "How to read this", body)
 
 
 def write_report(
@@ -266,58 +266,19 @@ def write_report(
     Raises:
         ValueError: the file cannot be written.
     """
-    from plotly.offline import get_plotlyjs
-
-    figures: dict[str, dict[str, Any]] = {}
-    sections, nav, prices = [], [], {}
-    for number, study in enumerate(studies):
-        ranked = [point for point in study.points if point.step.coverage()["modelled"] <= max_modelled]
-        best = best_points(ranked, min_tokens_per_s_per_user, max_modelled)
-        for point in study.points:
-            prices[point.price] = (
-                point.step.gpu.title,
-                point.price.tier,
-                f"{point.price.usd_per_gpu_hour:.3f}",
-                point.price.kw_per_gpu or "-",
-                point.price.date,
-                point.price.source,
-                point.price.note,
-            )
-        name = html.escape(study.model.name)
-        plots = {
-            f"throughput-{number}": _curves(ranked, "tokens_per_s_per_gpu", "tokens per second per GPU"),
-            f"cost-{number}": _curves(ranked, "usd_per_mtok_output", "$ per million output tokens"),
-        }
-        if best:
-            plots[f"breakdown-{number}"] = _breakdown(best)
-        figures |= plots
-        throughput, cost = (
-            f'<div class="plot" id="{kind}-{number}" role="img" aria-label="{name}, {kind}"></div>'
-            for kind in ("throughput", "cost")
-        )
-        nav.append(f'<a href="#model-{number}">{name}</a>')
-        sections.append(
-            f'<h2 id="model-{number}">{name}</h2>'
-            f"<p>{html.escape(study.sweep.precision.title)}; {study.sweep.context} tokens of context per sequence; "
-            f"expert load {html.escape(study.sweep.load)}; {len(ranked)} of {len(study.points)} points ranked.</p>"
-            f"<h3>Throughput against interactivity</h3><p class='soft'>Up and right is better.</p>{throughput}"
-            f"<h3>Cost against interactivity</h3><p class='soft'>Down and right is better.</p>{cost}"
-            + _best_section(best, number, name, min_tokens_per_s_per_user)
-        )
-    nav += ['<a href="#prices">prices</a>', '<a href="#omitted">left out</a>', '<a href="#how">how to read</a>']
-    price_columns = ("GPU", "tier", "$/GPU-h", "kW/GPU", "date", "source", "note")
-    page = Template(TEMPLATE.read_text()).substitute(
-        subtitle=f"tokenfab {__version__}, {date.today().isoformat()}: a decode step from published kernel times",
-        nav="".join(nav),
-        sections="".join(sections),
-        prices=_html_table(price_columns, prices.values(), 2),
-        omitted="".join(f"<li>{html.escape(text)}</li>" for text in OMITTED),
-        max_modelled=f"{max_modelled:.0%}",
-        plotly=get_plotlyjs(),
-        figures=json.dumps(figures, allow_nan=False).replace("<", "\\u003c"),
-    )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--report: cannot write {path}: {error.strerror}") from None
+    prices = {
+        point.step.gpu.name: (point.step.gpu.title, point.price.usd_per_gpu_hour)
+        for study in studies for point in study.points
+    }  # fmt: skip
+    omitted = "".join(f"<li>{html.escape(text)}</li>" for text in OMITTED)
+    sections = [
+        *(
+            _model_section(study, number, min_tokens_per_s_per_user, max_modelled)
+            for number, study in enumerate(studies)
+        ),
+        _prices_section(studies),
+        Section("omitted", "What the sums leave out", f"<ul>{omitted}</ul>"),
+        _how_section(max_modelled),
+    ]
+    title = "Dollars per million tokens, kernel by kernel"
+    write_page(path, title, "a decode step from published kernel times", sections, price_inputs(prices))
