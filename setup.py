@@ -46,6 +46,7 @@ setup(
         "tokenfab.bench",
         "tokenfab.costing",
         "tokenfab.costing.report",
+        "tokenfab.costing.workload",
     ],
     package_dir={"tokenfab": "."},
     package_data={
