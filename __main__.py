@@ -13,45 +13,21 @@ from . import __version__
 from .commands.compare import compare, gate
 from .commands.kernels import bench, inspect
 from .commands.lab import doctor, lab
-from .commands.shared import (
-    Group,
-    combined,
-    comma,
-    json_option,
-    path_type,
-    price_file_option,
-    price_options,
-    print_json,
-    show,
+from .commands.options import (
+    batch_option,
+    data_option,
+    gpu_option,
+    model_options,
+    parallel_option,
+    records_option,
+    stack_option,
+    stacks_option,
 )  # fmt: skip
+from .commands.shared import Group, comma, json_option, path_type, price_file_option, price_options, print_json, show
+from .commands.tco import interval, sensitivity, tco
 from .commands.tune import tune
 
 # Rooms are imported inside the commands: `tokenfab models` must not wait for pyarrow or plotly.
-
-
-gpu_option = click.option("--gpu", required=True, help="See `tokenfab gpus`.")
-stacks_option = comma(
-    "--stack", "stacks", "NAME@VERSION for an older one.", default="vllm,sglang,trtllm", show_default=True
-)
-records_option = click.option(
-    "--records", type=path_type, metavar="DIR",
-    help="Records of the stack tokenfab (or tokenfab+vllm: vllm's rows for the rest), not the package's.",
-)  # fmt: skip
-data_option = click.option(
-    "--published-data", type=path_type, metavar="DIR", help="Tables from this aiconfigurator checkout, not the package."
-)
-model_options = combined(
-    click.option("--precision", help="See `tokenfab models --precisions`; the checkpoint's own by default."),
-    click.option("--kv-format", help="Format of the KV cache, instead of the precision's: bf16 or fp8."),
-    click.option("--context", type=int, default=4096, show_default=True, help="Cached tokens per sequence."),
-    click.option(
-        "--load", default="balanced", show_default=True, help="Expert load: balanced, power_law_1.01 or power_law_1.2."
-    ),
-    click.option(
-        "--tokens-per-step", type=int, default=1, show_default=True, help="New tokens per sequence: 1 + drafts."
-    ),
-    click.option("--kept-tokens", type=float, default=1.0, show_default=True, help="Of those kept: acceptance length."),
-)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -84,6 +60,9 @@ cli.add_command(lab)
 cli.add_command(doctor)
 cli.add_command(compare)
 cli.add_command(gate)
+cli.add_command(tco)
+cli.add_command(interval)
+cli.add_command(sensitivity)
 
 
 @cli.command()
@@ -153,9 +132,9 @@ def price(tokens_per_s: float, usd_per_gpu_hour: float, kw: float | None, as_jso
 @cli.command()
 @click.argument("model")
 @gpu_option
-@click.option("--stack", default="vllm", show_default=True, help="vllm, sglang, trtllm; NAME@VERSION for an older one.")
-@click.option("--parallel", help="tp8, dp8-ep8, tp2-dp4-ep8, dp8-ep8-ag, ...; by default the fewest GPUs, DP and EP.")
-@click.option("--batch", type=float, default=32, show_default=True, help="Sequences per GPU.")
+@stack_option
+@parallel_option
+@batch_option
 @model_options
 @price_options
 @data_option

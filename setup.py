@@ -45,6 +45,7 @@ setup(
         "tokenfab.kernels",
         "tokenfab.bench",
         "tokenfab.costing",
+        "tokenfab.costing.levers",
         "tokenfab.costing.report",
         "tokenfab.costing.workload",
     ],
@@ -52,6 +53,7 @@ setup(
     package_data={
         "tokenfab.bench": ["models/*.json", "recorded/*.json*", "templates/*.py", "tuned/*.json"],
         "tokenfab.costing": ["prices.toml"],
+        "tokenfab.costing.levers": ["errors.json"],
         "tokenfab.costing.report": ["page.html", "page.js"],
     },
     install_requires=[

@@ -43,17 +43,11 @@ class TableError:
 
 def check_tables(data: PublishedData, gpu: Gpu, stack: Stack) -> Iterator[TableError]:
     """The error of every decode table of one stack on one GPU, per variant and axis."""
-    for table, variant, probes in _probes():
+    for table, variant, probes in table_probes():
         errors: dict[str, list[np.ndarray]] = {}
         for probe in probes:
-            query = next(iter(queries(probe, gpu, stack.name)), None)
-            if query is None:
-                continue
-            only = query.near if isinstance(probe, AttentionModule) else None
-            for grid, near in _grids(data, gpu, stack, query, only):
-                floor_s = _floors(grid, query, near, gpu)
-                for axis, column in enumerate(query.table.axes):
-                    errors.setdefault(column, []).append(_held_out(grid, floor_s, axis))
+            for column, ratio in held_out(data, gpu, stack, probe):
+                errors.setdefault(column, []).append(np.abs(ratio - 1))
         for column, parts in errors.items():
             error = np.concatenate(parts)
             if len(error):
@@ -61,7 +55,19 @@ def check_tables(data: PublishedData, gpu: Gpu, stack: Stack) -> Iterator[TableE
                 yield TableError(gpu.name, str(stack), table, variant, column, len(error), float(median), float(p95))
 
 
-def _probes() -> Iterator[tuple[str, str, list[Op]]]:
+def held_out(data: PublishedData, gpu: Gpu, stack: Stack, probe: Op) -> Iterator[tuple[str, np.ndarray]]:
+    """(axis, predicted / measured of its held-out rows) for every grid of the first table that may answer ``probe``."""
+    query = next(iter(queries(probe, gpu, stack.name)), None)
+    if query is None:
+        return
+    only = query.near if isinstance(probe, AttentionModule) else None
+    for grid, near in grids(data, gpu, stack, query, only):
+        floor_s = floors(grid, query, near, gpu)
+        for axis, column in enumerate(query.table.axes):
+            yield column, _held_out(grid, floor_s, axis)
+
+
+def table_probes() -> Iterator[tuple[str, str, list[Op]]]:
     """(table, variant, ops that name the grids to check)."""
     for weight in GEMM_DTYPES:
         yield "gemm", weight, [Gemm(1, 4096, 4096, weight, {"fp8_block": "fp8_group"}.get(weight, weight))]
@@ -95,7 +101,7 @@ def _module(model: str, precision: str) -> AttentionModule:
     return module
 
 
-def _grids(
+def grids(
     data: PublishedData, gpu: Gpu, stack: Stack, query: Query, only: tuple[float, ...] | None
 ) -> Iterator[tuple[Grid, tuple[float, ...]]]:
     """Every grid with the query's exact columns (and the shape ``only``), of the newest version that has any."""
@@ -111,7 +117,7 @@ def _grids(
             return
 
 
-def _floors(grid: Grid, query: Query, near: tuple[float, ...], gpu: Gpu) -> np.ndarray:
+def floors(grid: Grid, query: Query, near: tuple[float, ...], gpu: Gpu) -> np.ndarray:
     """The roofline floor of every cell."""
     cells = itertools.product(*(axis.tolist() for axis in grid.axes))
     floors = [query.at(near, cell).floor_s(gpu) for cell in cells]
@@ -119,7 +125,7 @@ def _floors(grid: Grid, query: Query, near: tuple[float, ...], gpu: Gpu) -> np.n
 
 
 def _held_out(grid: Grid, floor_s: np.ndarray, axis: int) -> np.ndarray:
-    """|predicted / measured - 1| of the inner values of ``axis``, rows of decoding only."""
+    """predicted / measured of the inner values of ``axis``, rows of decoding only."""
     if len(grid.axes[axis]) < 3:
         return np.empty(0)
     predicted = predict_inner(grid.axes[axis], grid.time_s, floor_s, axis)
@@ -128,5 +134,5 @@ def _held_out(grid: Grid, floor_s: np.ndarray, axis: int) -> np.ndarray:
     measured = grid.time_s[tuple(inner)]
     # the first axis counts tokens, sequences or elements
     tokens = np.broadcast_to(grid.axes[0].reshape(-1, *[1] * (measured.ndim - 1)), grid.time_s.shape)[tuple(inner)]
-    error = np.abs(predicted / measured - 1)
-    return error[np.isfinite(error) & (tokens <= MAX_TOKENS if grid.axes[0][-1] < 1e6 else np.isfinite(error))]
+    ratio = predicted / measured
+    return ratio[np.isfinite(ratio) & (tokens <= MAX_TOKENS if grid.axes[0][-1] < 1e6 else np.isfinite(ratio))]

@@ -54,6 +54,7 @@ def test_wheel_holds_every_module_and_data_file(wheel: set[str]) -> None:
         "tokenfab/__init__.py",
         "tokenfab/__main__.py",
         "tokenfab/costing/prices.toml",
+        "tokenfab/costing/levers/errors.json",
         "tokenfab/costing/report/page.html",
         "tokenfab/costing/report/page.js",
     }
