@@ -27,7 +27,7 @@ from packaging.version import InvalidVersion, Version
 from .gpus import Gpu
 from .interpolation import Grid, look_up
 from .ops import AttentionModule, Collective, ExpertAllToAll, Op
-from .published_tables import KV_LENGTH, Query, Table, queries
+from .published_tables import KV_LENGTH, Query, Table, one_token, queries
 
 STACKS = ("vllm", "sglang", "trtllm")
 MEASURED_HERE, MEASURED, INTERPOLATED_HERE, INTERPOLATED, MODELLED = PROVENANCES = (
@@ -43,6 +43,9 @@ MODEL_LINK_OVERHEAD_S = 10e-6
 """The model where no table answers: floor / efficiency + overhead (per kernel, or per collective).
 Source: ``aiconfigurator-core`` ``systems/*.yaml`` (``mem_bw_empirical_scaling_factor``,
 ``mem_empirical_constant_latency``, ``p2p_latency``), its own unofficial corrections."""
+
+SEVERAL_TOKENS = "the row ran one query token per sequence; x the floors' ratio"
+"""What is said of attention over several query tokens."""
 
 INSTALL_HINT = "pip install 'aiconfigurator-core>=0.12,<0.13', or --published-data DIR for a checkout's tree"
 
@@ -275,6 +278,17 @@ class PublishedData:
         return self._answers[key]
 
     def _time(self, op: Op, gpu: Gpu, stack: Stack) -> Timing:
+        single = one_token(op)
+        found = self._answer(single, gpu, stack)
+        if found is None:
+            return model_timing(op, gpu, f"no published {op.kind} row")
+        if single is op:
+            return found
+        return Timing(
+            found.time_s * op.floor_s(gpu) / single.floor_s(gpu), MODELLED, f"{found.source} ({SEVERAL_TOKENS})"
+        )
+
+    def _answer(self, op: Op, gpu: Gpu, stack: Stack) -> Timing | None:
         asked = queries(op, gpu, stack.name)
         best: Timing | None = None
         for query in asked:
@@ -284,7 +298,7 @@ class PublishedData:
             best = best or answer
         for query in asked if best is None else ():
             best = best or self._borrowed(query, op, gpu, stack)
-        return best or model_timing(op, gpu, f"no published {op.kind} row")
+        return best
 
     def _from_tables(self, query: Query, gpu: Gpu, stack: Stack) -> Timing | None:
         """The answer of the first version that has rows of this very shape."""
