@@ -149,13 +149,19 @@ def step(model: str, gpu: str, stack: str, parallel: str | None, batch: float, a
       tokenfab step ./my-model/config.json --gpu b200 --stack trtllm --precision fp8
     """
     from .costing.document import document
+    from .costing.levers.common_draws import CommonDraws
     from .costing.study import price_step, study
     from .costing.tables import step_summary, step_table
 
     plan = study(model, [gpu], [stack], [parallel] if parallel else None, [batch], **options)
     cost = price_step(plan)
-    name = plan.sweep.model.name
-    show(as_json, lambda: document(name, [cost]), lambda: step_table(cost), lambda: step_summary(cost))
+    name, draws = plan.sweep.model.name, CommonDraws(plan.data)
+    show(
+        as_json,
+        lambda: document(name, [cost], draws=draws),
+        lambda: step_table(cost),
+        lambda: step_summary(cost, draws),
+    )
 
 
 @cli.command()
@@ -186,6 +192,7 @@ def cost(models: tuple[str, ...], gpus: list[str] | None, stacks: list[str], par
       tokenfab cost gpt-oss-120b --min-tokens-per-s-per-user 100 --report out/report.html
     """
     from .costing.document import document
+    from .costing.levers.common_draws import CommonDraws
     from .costing.study import run_study, study
     from .costing.tables import print_study
 
@@ -194,7 +201,8 @@ def cost(models: tuple[str, ...], gpus: list[str] | None, stacks: list[str], par
     plans = [study(model, gpus, stacks, parallels, batches, **options) for model in models]
     results = [run_study(plan, show_progress=not as_json) for plan in plans]
     if as_json:
-        print_json(document(results[0].model.name, results[0].points, results[0].skipped))
+        found = results[0]
+        print_json(document(found.model.name, found.points, found.skipped, CommonDraws(found.data)))
     else:
         for result in results:
             print_study(result, min_rate, max_modelled, show_all)

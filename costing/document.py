@@ -2,7 +2,8 @@
 
 ``{"schema_version", "model", "points": [...], "omitted": [...], "skipped": [...]}``. SI units as the
 field names say; ``time_s``, ``floor_s``, ``bytes`` and ``flops`` of an op are those of all its calls
-in one step on one GPU. ``skipped`` lists what cannot be, and why.
+in one step on one GPU. ``skipped`` lists what cannot be, and why. ``usd_per_mtok_output_p5`` and ``_p95`` bound 90 % of
+what the times' errors make of a price (``levers.intervals``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from ..bench.decode_plan import OMITTED
 from ..bench.model_config import ModelConfig
 from .cost import OpCost, StepCost
+from .levers.common_draws import CommonDraws
 from .sweep import Skipped
 
 SCHEMA_VERSION = 1
@@ -86,11 +88,24 @@ def point_dict(cost: StepCost) -> dict[str, Any]:
     }
 
 
-def document(model: str, points: Iterable[StepCost], skipped: Iterable[Skipped] = ()) -> dict[str, Any]:
+def _with_interval(cost: StepCost, draws: CommonDraws | None) -> dict[str, Any]:
+    """The point, its interval right after its price."""
+    found = point_dict(cost)
+    if draws is None:
+        return found
+    at = draws.at_price(cost)
+    rest = {name: found.pop(name) for name in ("coverage", "ops")}
+    return found | {"usd_per_mtok_output_p5": at.p5, "usd_per_mtok_output_p95": at.p95} | rest
+
+
+def document(
+    model: str, points: Iterable[StepCost], skipped: Iterable[Skipped] = (), draws: CommonDraws | None = None
+) -> dict[str, Any]:
+    """``draws``: what the points' intervals are drawn from; without it they have none."""
     return {
         "schema_version": SCHEMA_VERSION,
         "model": model,
-        "points": [point_dict(point) for point in points],
+        "points": [_with_interval(point, draws) for point in points],
         "omitted": list(OMITTED),
         "skipped": [asdict(row) for row in skipped],
     }

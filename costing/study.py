@@ -35,11 +35,12 @@ class Study:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """A study's points, and what could not be."""
+    """A study's points, the published data they are from, and what could not be."""
 
     sweep: Sweep
     points: list[StepCost]
     skipped: list[Skipped]
+    data: PublishedData
 
     @property
     def model(self) -> ModelConfig:
@@ -144,7 +145,7 @@ def run_study(study: Study, show_progress: bool = False) -> StudyResult:
         result = run_sweep(study.sweep, study.data, study.price, advance, study.recorded)
     if not result.points:
         raise ValueError(f"{study.sweep.model.name}: no point can be: {result.skipped[0].reason}")
-    return StudyResult(study.sweep, result.points, result.skipped)
+    return StudyResult(study.sweep, result.points, result.skipped, study.data)
 
 
 def run_check(

@@ -16,6 +16,7 @@ from ..bench.published import PROVENANCES
 from ..bench.published_check import TableError
 from ..bench.tables import console, number, plain_table
 from .cost import StepCost
+from .levers.common_draws import CommonDraws
 from .prices import Price
 from .study import StudyResult
 from .sweep import Parallel, Skipped, best_points
@@ -149,9 +150,9 @@ def step_table(cost: StepCost) -> Table:
     return plain_table(title, columns, rows, left=4)
 
 
-def step_summary(cost: StepCost) -> list[str]:
-    """The totals, where they are from and what they leave out."""
-    step = cost.step
+def step_summary(cost: StepCost, draws: CommonDraws) -> list[str]:
+    """The totals, how sure they are, where they are from and what they leave out."""
+    step, at = cost.step, draws.at_price(cost)
     watts = cost.tokens_per_s_per_mw
     lines = [
         f"step {step.step_s * 1e3:.2f} ms (roofline {step.floor_s * 1e3:.2f} ms): "
@@ -159,6 +160,7 @@ def step_summary(cost: StepCost) -> list[str]:
         + (f", {watts:,.0f} tokens/s/MW, {cost.joules_per_token:.2f} J/token" if watts else ""),
         f"${_usd(cost.usd_per_mtok_output)} per million output tokens (decode GPUs only) at "
         f"${cost.price.usd_per_gpu_hour:g}/GPU-h: {cost.price.describe()}",
+        f"90 % of what the times' errors make of it: ${_usd(at.p5)} to ${_usd(at.p95)} (see `tokenfab interval`)",
         f"of the time, {_coverage(cost)}",
     ]
     for op in cost.suspects():
@@ -177,13 +179,13 @@ def _coverage(cost: StepCost) -> str:
 _SHORT: dict[str, str] = dict(zip(PROVENANCES, ("here", "meas", "interp here", "interp", "model"), strict=True))
 
 
-def points_table(title: str, points: Sequence[StepCost]) -> Table:
+def points_table(title: str, points: Sequence[StepCost], draws: CommonDraws) -> Table:
     rows = []
     kinds = [name for name in PROVENANCES if any(name in point.step.stack.provenances for point in points)]
     for point in points:
         step, deployment = point.step, point.step.deployment
         parallel = Parallel.of(deployment)
-        shares = step.coverage()
+        shares, at = step.coverage(), draws.at_price(point)
         rows.append(
             (
                 step.gpu.name,
@@ -196,6 +198,7 @@ def points_table(title: str, points: Sequence[StepCost]) -> Table:
                 f"{point.tokens_per_s_per_user:.1f}",
                 f"{point.price.usd_per_gpu_hour:.2f}",
                 _usd(point.usd_per_mtok_output),
+                f"{_usd(at.p5)}-{_usd(at.p95)}",
                 "/".join(f"{shares.get(kind, 0.0):.0%}" for kind in kinds),
                 ", ".join(op.timed.call.name for op in point.suspects()) or "-",
             )
@@ -211,6 +214,7 @@ def points_table(title: str, points: Sequence[StepCost]) -> Table:
         "tok/s/user",
         "$/GPU-h",
         "$/M output",
+        "90 % interval",
         "/".join(_SHORT[kind] for kind in kinds),
         "look twice",
     )
@@ -293,14 +297,14 @@ def timings_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def print_study(result: StudyResult, min_tokens_per_s_per_user: float, max_modelled: float, show_all: bool) -> None:
     """The best points, or all, and what could not be."""
-    out, sweep = console(), result.sweep
+    out, sweep, draws = console(), result.sweep, CommonDraws(result.data)
     title = f"{sweep.model.name}, {sweep.precision.name}, {sweep.context} tokens of context: "
     if show_all:
-        out.print(points_table(title + f"all {len(result.points)} points", result.points))
+        out.print(points_table(title + f"all {len(result.points)} points", result.points, draws))
     best = best_points(result.points, min_tokens_per_s_per_user, max_modelled)
     title += f"cheapest at >= {min_tokens_per_s_per_user:g} tokens/s/user, of {len(result.points)} points"
     if best:
-        out.print(points_table(title, best))
+        out.print(points_table(title, best, draws))
     else:
         fastest = max(point.tokens_per_s_per_user for point in result.points)
         out.print(f"{title}: none; the fastest reaches {fastest:.1f} tokens/s/user", soft_wrap=True)
@@ -311,6 +315,8 @@ def print_study(result: StudyResult, min_tokens_per_s_per_user: float, max_model
         )
     for source in dict.fromkeys(point.price.describe() for point in best):
         out.print(f"price: {source}", soft_wrap=True)
+    if best:
+        out.print("90 % interval: of the times' errors, at this price; `tokenfab interval` says more", soft_wrap=True)
     out.print("left out: " + "; ".join(OMITTED), soft_wrap=True)
     for line in skipped_lines(result.skipped):
         out.print(f"skipped: {line}", soft_wrap=True)

@@ -88,9 +88,12 @@ class Calibration:
         Raises:
             ValueError: an unknown cause.
         """
-        exact = self._by_key.get((cause, stack, table, axis))
-        if exact is not None:
-            return exact
+        key = (cause, stack, table, axis)
+        if key not in self._by_key:
+            self._by_key[key] = self._pool(cause, table, axis)
+        return self._by_key[key]
+
+    def _pool(self, cause: str, table: str, axis: str) -> Spread:
         ofs = [each for each in self.spreads if each.cause == cause]
         if not ofs:
             raise ValueError(f"cause: expected one of {', '.join(CAUSES)}; got {cause!r}")

@@ -180,8 +180,8 @@ def interval(
     """
     import numpy as np
 
-    _check_whole("samples", samples, MIN_SAMPLES)
-    _check_whole("seed", seed, 0)
+    check_whole("samples", samples, MIN_SAMPLES)
+    check_whole("seed", seed, 0)
     span = _range(cost.price, price_range)
     calibration = calibration or Calibration.read()
     errors = op_errors(cost, data, calibration)
@@ -211,8 +211,8 @@ def interval(
     of_price = float(np.var(np.log(price)))
     return CostInterval(
         cost,
-        _percentiles(price * total_s * per_s),
-        _percentiles(cost.price.usd_per_gpu_hour * total_s * per_s),
+        percentiles(price * total_s * per_s),
+        percentiles(cost.price.usd_per_gpu_hour * total_s * per_s),
         _shares(variance, of_times, of_price),
         _parts(errors, variance, cost.step.step_s),
         span,
@@ -223,7 +223,7 @@ def interval(
     )
 
 
-def _check_whole(name: str, value: int, least: int) -> None:
+def check_whole(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: expected a whole number of at least {least}; got {value!r}")
 
@@ -234,7 +234,7 @@ def _range(price: Price, given: tuple[float, float] | PriceRange | None) -> Pric
     return price_range_of(price) if given is None else PriceRange(*given, "given")
 
 
-def _percentiles(values: np.ndarray) -> Percentiles:
+def percentiles(values: np.ndarray) -> Percentiles:
     import numpy as np
 
     return Percentiles(*(float(value) for value in np.quantile(values, (0.05, 0.5, 0.95))))
@@ -316,6 +316,8 @@ def _model_spreads(timed: TimedOp, stack: str, table: str, calibration: Calibrat
         spreads.append(calibration.find(REPLICATED, "sglang", "moe", f"ep{ep:g}"))
     if "efficiency of the last row" in timed.source:
         spreads.append(calibration.find(BEYOND, stack, table))
+    if "ran one query token" in timed.source:  # as from another shape, by the floors' ratio
+        spreads.append(calibration.find(BORROWED, stack, table))
     if not spreads:
         raise ValueError(f"source: expected why the row is only a model; got {timed.source!r}")
     return tuple(spreads)

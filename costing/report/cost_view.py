@@ -11,6 +11,7 @@ from typing import Any
 from ...bench.decode_plan import OMITTED
 from ...bench.published import MEASURED_HERE, PROVENANCES
 from ..cost import OpCost, StepCost
+from ..levers.common_draws import CommonDraws
 from ..study import StudyResult
 from ..sweep import Parallel, best_points, frontier
 from .page import OKABE_ITO, Cell, Section, axis, html_table, layout, log_axis, plot, price_inputs, write_page
@@ -158,12 +159,12 @@ def _breakdown(best: Sequence[StepCost]) -> dict[str, Any]:
     }
 
 
-def _best_table(best: Sequence[StepCost]) -> str:
+def _best_table(best: Sequence[StepCost], draws: CommonDraws) -> str:
     rows = []
     kinds = [name for name in PROVENANCES if any(name in point.step.stack.provenances for point in best)]
     for point in best:
         deployment, shares = point.step.deployment, point.step.coverage()
-        gpu, parallel = point.step.gpu.name, Parallel.of(deployment)
+        gpu, parallel, at = point.step.gpu.name, Parallel.of(deployment), draws.at_price(point)
         rows.append(
             (
                 point.step.gpu.title,
@@ -174,7 +175,7 @@ def _best_table(best: Sequence[StepCost]) -> str:
                 f"{point.tokens_per_s_per_gpu:,.0f}",
                 f"{point.tokens_per_s_per_user:.1f}",
                 Cell.of(f"{point.price.usd_per_gpu_hour:.2f}", price=gpu),
-                Cell.of(f"{point.usd_per_mtok_output:.3f}", usd=point.usd_per_mtok_output, gpu=gpu),
+                *(Cell.of(f"{usd:.3f}", usd=usd, gpu=gpu) for usd in (point.usd_per_mtok_output, at.p5, at.p95)),
                 *(f"{shares.get(kind, 0.0):.0%}" for kind in kinds),
                 ", ".join(op.timed.call.name for op in point.suspects()) or "-",
             )
@@ -189,13 +190,17 @@ def _best_table(best: Sequence[StepCost]) -> str:
         "tok/s/user",
         "$/GPU-h",
         "$/M output",
+        "5th",
+        "95th percentile",
         *kinds,
         "look twice",
     )
     return html_table(columns, rows, 3)
 
 
-def _best_section(best: Sequence[StepCost], number: int, name: str, min_tokens_per_s_per_user: float) -> str:
+def _best_section(
+    best: Sequence[StepCost], number: int, name: str, min_tokens_per_s_per_user: float, draws: CommonDraws
+) -> str:
     at = f"the cheapest points at {min_tokens_per_s_per_user:g} tokens/s/user or more"
     if not best:
         return f"<p>No ranked point reaches {min_tokens_per_s_per_user:g} tokens/s/user.</p>"
@@ -205,7 +210,9 @@ def _best_section(best: Sequence[StepCost], number: int, name: str, min_tokens_p
         f"<h3>Where the money goes: {at}</h3>"
         f"<p class='soft'>Plain: measured. Hatched: interpolated. Crossed: modelled.{here}</p>"
         f"{plot(f'breakdown-{number}', f'{name}: cost by group of ops', is_tall=True)}"
-        f"<h3>In numbers: {at}, per GPU and stack</h3>{_best_table(best)}"
+        f"<h3>In numbers: {at}, per GPU and stack</h3>"
+        "<p class='soft'>Percentiles: of what the times' errors make of the price of a token.</p>"
+        f"{_best_table(best, draws)}"
     )
 
 
@@ -226,7 +233,7 @@ def _model_section(study: StudyResult, number: int, min_rate: float, max_modelle
         f"<h3>Throughput against interactivity</h3><p class='soft'>Up and right is better.</p>"
         f"{plot(throughput, f'{name}, throughput')}"
         f"<h3>Cost against interactivity</h3><p class='soft'>Down and right is better.</p>{plot(cost, f'{name}, cost')}"
-        + _best_section(best, number, name, min_rate)
+        + _best_section(best, number, name, min_rate, CommonDraws(study.data))
     )
     return Section(f"model-{number}", name, body, figures)
 

@@ -190,7 +190,7 @@ def test_r25_hostile_names_are_inert(browser: Any, studies: list[StudyResult], t
         replace(p, price=price, step=replace(p.step, model=model, gpu=gpus[p.step.gpu.name])) for p in study_0.points
     ]
     path = tmp_path / "hostile.html"
-    hostile = StudyResult(replace(study_0.sweep, model=model), points, [])
+    hostile = StudyResult(replace(study_0.sweep, model=model), points, [], study_0.data)
     write_report(path, [hostile, studies[1]], 20.0, 0.25)
     page, errors = opened(browser, path, 1280, 900)
     assert page.evaluate("window.owned") is None

@@ -11,6 +11,7 @@ from tokenfab.bench.memory import largest_batch
 from tokenfab.bench.published import PROVENANCES, PublishedData
 from tokenfab.bench.records import RecordStore
 from tokenfab.costing.document import document
+from tokenfab.costing.levers.common_draws import CommonDraws
 from tokenfab.costing.report.cost_view import write_report
 from tokenfab.costing.study import StudyResult, choose_precision, price_step, run_study, study
 from tokenfab.costing.sweep import Parallel, best_points, frontier
@@ -185,14 +186,21 @@ def test_every_provenance_is_in_table_document_and_report(own_records: Path, tmp
         study("qwen3-30b-a3b", ["h100"], ["vllm", "tokenfab+vllm"], ["tp1"], [64, 128], precision="fp8",
               records=own_records)
     )  # fmt: skip
-    table = points_table("title", found.points)
+    draws = CommonDraws(found.data)
+    table = points_table("title", found.points, draws)
     heads = [str(column.header) for column in table.columns]
     shares = list(table.columns[heads.index("here/meas/interp here/interp/model")].cells)
     assert all(str(cell).count("/") == 4 for cell in shares)
     assert str(shares[0]).startswith("0%/")
     assert not str(shares[2]).startswith("0%/")
-    assert "meas/interp/model" in [str(column.header) for column in points_table("title", found.points[:2]).columns]
-    documents = {(p["stack"], p["batch_per_gpu"]): p for p in document("qwen3-30b-a3b", found.points)["points"]}
+    two = points_table("title", found.points[:2], draws)
+    assert "meas/interp/model" in [str(column.header) for column in two.columns]
+    rows = document("qwen3-30b-a3b", found.points, draws=draws)["points"]
+    for row, point in zip(rows, found.points, strict=True):
+        at = draws.at_price(point)
+        assert (row["usd_per_mtok_output_p5"], row["usd_per_mtok_output_p95"]) == (at.p5, at.p95)
+        assert at.p5 < row["usd_per_mtok_output"] < at.p95
+    documents = {(p["stack"], p["batch_per_gpu"]): p for p in rows}
     assert set(documents["vllm", 64]["coverage"]) == {"measured", "interpolated", "modelled"}
     mixed = documents["tokenfab+vllm", 64]
     assert set(mixed["coverage"]) == set(PROVENANCES)
