@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from .deployment import Deployment, check_divides, check_precision
 from .gpus import Gpu
 from .memory import check_fits
-from .model_config import DenseFfn, GqaAttention, MlaAttention, ModelConfig, MoeFfn
+from .model_config import DenseFfn, GqaAttention, MlaAttention, ModelConfig, MoeFfn, SparseIndexer
 from .ops import (
     AttentionModule,
     BatchedMatmul,
@@ -56,12 +57,22 @@ class OpCall:
 
 
 @dataclass
-class _Plan:
-    """Collects calls; the same op under the same name is one entry."""
+class Plan:
+    """Collects the calls of a decode step; the same op under the same name is one entry.
+
+    A pass of another kind (``prefill_plan``) overrides what it does differently.
+    """
 
     model: ModelConfig
     deployment: Deployment
     calls: dict[tuple[str, Op, str], int] = field(default_factory=lambda: defaultdict(int))
+    experts: ClassVar[type[Experts]] = Experts
+    all_to_all: ClassVar[type[ExpertAllToAll]] = ExpertAllToAll
+
+    @property
+    def head_rows(self) -> int:
+        """Rows that get logits."""
+        return self.deployment.rows
 
     def add(self, name: str, op: Op, count: int, block: str = "") -> None:
         self.calls[name, op, block] += count
@@ -70,17 +81,61 @@ class _Plan:
         precision = self.deployment.precision
         self.add(name, Gemm(self.deployment.rows, n, k, precision.linear, precision.linear_activation), count, block)
 
-    def bf16(self, name: str, n: int, k: int, count: int, block: str = "") -> None:
-        self.add(name, Gemm(self.deployment.rows, n, k), count, block)
+    def bf16(self, name: str, n: int, k: int, count: int, block: str = "", rows: int | None = None) -> None:
+        self.add(name, Gemm(self.deployment.rows if rows is None else rows, n, k), count, block)
 
-    def streaming(self, name: str, values_per_row: float, count: int, block: str = "") -> None:
+    def streaming(self, name: str, values_per_row: float, count: int, block: str = "", rows: int | None = None) -> None:
         """``values_per_row``: BF16 values read or written per row."""
-        self.add(name, Streaming(2.0 * values_per_row * self.deployment.rows), count, block)
+        self.add(name, Streaming(2.0 * values_per_row * (self.deployment.rows if rows is None else rows)), count, block)
 
     def all_reduce(self, name: str, num_gpus: int, count: int) -> None:
         if num_gpus > 1:
             elements = self.deployment.rows * self.model.hidden_size
             self.add(name, Collective("all_reduce", elements, num_gpus), count)
+
+    def attend(self, name: str, attention: GqaAttention, heads: int, kv_heads: int, count: int) -> None:
+        """The attention of a GQA layer, between its projections."""
+        deployment = self.deployment
+        paged = PagedAttention(
+            deployment.sequences,
+            deployment.context,
+            heads,
+            kv_heads,
+            attention.head_dim,
+            attention.window,
+            deployment.precision.kv,
+            deployment.tokens_per_step,
+        )
+        self.add(name, paged, count)
+
+    def attend_latents(self, attention: MlaAttention, heads: int, count: int, block: str) -> None:
+        """The attention of an MLA layer, between its projections: absorbed."""
+        deployment = self.deployment
+        shape = (heads, deployment.rows)
+        pre = BatchedMatmul("pre", *shape, attention.kv_lora_rank, attention.nope_dim)
+        self.add("absorbed_q_bmm", pre, count, block)
+        top_k = attention.indexer.top_k if attention.indexer else None
+        decode = MlaAttentionOp(
+            deployment.sequences,
+            deployment.context,
+            heads,
+            attention.kv_lora_rank,
+            attention.rope_dim,
+            deployment.precision.kv,
+            deployment.tokens_per_step,
+            top_k,
+        )
+        self.add("attention", decode, count, block)
+        post = BatchedMatmul("post", *shape, attention.v_dim, attention.kv_lora_rank)
+        self.add("absorbed_v_bmm", post, count, block)
+
+    def score_index(self, indexer: SparseIndexer, count: int, block: str) -> None:
+        """The scores of a sparse layer's indexer."""
+        deployment = self.deployment
+        scores = IndexScores(
+            deployment.sequences, deployment.context, indexer.num_heads, indexer.head_dim, deployment.tokens_per_step
+        )
+        self.add("index_scores", scores, count, block)
 
 
 def decode_plan(
@@ -96,8 +151,13 @@ def decode_plan(
     check_precision(gpu, deployment.precision)
     if check_memory:
         check_fits(model, gpu, deployment)
-    plan = _Plan(model, deployment)
-    hidden, rows = model.hidden_size, deployment.rows
+    return planned(Plan(model, deployment))
+
+
+def planned(plan: Plan) -> tuple[OpCall, ...]:
+    """The calls of a pass of ``plan.deployment.rows`` rows through the whole model."""
+    model, deployment = plan.model, plan.deployment
+    hidden, head_rows = model.hidden_size, plan.head_rows
     plan.streaming("embedding", 2 * hidden, 1)
     for layer, count in model.layers:
         # residual in and out, x in, normalised (and quantized) x out
@@ -114,37 +174,26 @@ def decode_plan(
         else:
             _moe(plan, layer.ffn, count)
     plan.streaming("final_norm", 4 * hidden, 1)
-    plan.bf16("lm_head", model.vocab_size // deployment.attention_tp, hidden, 1)
+    plan.bf16("lm_head", model.vocab_size // deployment.attention_tp, hidden, 1, rows=head_rows)
     if deployment.attention_tp > 1:
-        logits = Collective("all_gather", rows * model.vocab_size, deployment.attention_tp)
+        logits = Collective("all_gather", head_rows * model.vocab_size, deployment.attention_tp)
         plan.add("logits_all_gather", logits, 1)
-    plan.streaming("sampling", 2 * model.vocab_size, 1)
+    plan.streaming("sampling", 2 * model.vocab_size, 1, rows=head_rows)
     return tuple(OpCall(name, op, count, block) for (name, op, block), count in plan.calls.items())
 
 
-def _gqa(plan: _Plan, attention: GqaAttention, count: int) -> None:
+def _gqa(plan: Plan, attention: GqaAttention, count: int) -> None:
     deployment, hidden = plan.deployment, plan.model.hidden_size
     heads = attention.num_heads // deployment.attention_tp
     kv_heads = max(1, attention.num_kv_heads // deployment.attention_tp)
     width = (heads + 2 * kv_heads) * attention.head_dim
     plan.linear("qkv_proj", width, hidden, count)
     plan.streaming("rope_append", 2 * width, count)
-    name = "attention" if attention.window is None else "window_attention"
-    paged = PagedAttention(
-        deployment.sequences,
-        deployment.context,
-        heads,
-        kv_heads,
-        attention.head_dim,
-        attention.window,
-        deployment.precision.kv,
-        deployment.tokens_per_step,
-    )
-    plan.add(name, paged, count)
+    plan.attend("attention" if attention.window is None else "window_attention", attention, heads, kv_heads, count)
     plan.linear("o_proj", hidden, heads * attention.head_dim, count)
 
 
-def _mla(plan: _Plan, attention: MlaAttention, count: int) -> None:
+def _mla(plan: Plan, attention: MlaAttention, count: int) -> None:
     deployment, hidden, block = plan.deployment, plan.model.hidden_size, "mla"
     heads = attention.num_heads // deployment.attention_tp
     latent = attention.kv_lora_rank + attention.rope_dim
@@ -158,51 +207,27 @@ def _mla(plan: _Plan, attention: MlaAttention, count: int) -> None:
     # RoPE on the rope part of q and k, append of the latent to the cache
     plan.streaming("rope_append", 2 * (heads * attention.rope_dim + latent), count, block)
     if attention.indexer is not None:
-        _indexer(plan, attention, count, block)
-    shape = (heads, deployment.rows)
-    pre = BatchedMatmul("pre", *shape, attention.kv_lora_rank, attention.nope_dim)
-    plan.add("absorbed_q_bmm", pre, count, block)
-    top_k = attention.indexer.top_k if attention.indexer else None
-    decode = MlaAttentionOp(
-        deployment.sequences,
-        deployment.context,
-        heads,
-        attention.kv_lora_rank,
-        attention.rope_dim,
-        deployment.precision.kv,
-        deployment.tokens_per_step,
-        top_k,
-    )
-    plan.add("attention", decode, count, block)
-    plan.add("absorbed_v_bmm", BatchedMatmul("post", *shape, attention.v_dim, attention.kv_lora_rank), count, block)
+        width = attention.indexer.num_heads * attention.indexer.head_dim
+        plan.linear("index_q_proj", width, attention.q_lora_rank or hidden, count, block)
+        plan.bf16("index_k_proj", attention.indexer.head_dim + attention.indexer.num_heads, hidden, count, block)
+        plan.score_index(attention.indexer, count, block)
+    plan.attend_latents(attention, heads, count, block)
     plan.linear("o_proj", hidden, heads * attention.v_dim, count, block)
 
 
-def _indexer(plan: _Plan, attention: MlaAttention, count: int, block: str) -> None:
-    indexer, deployment, hidden = attention.indexer, plan.deployment, plan.model.hidden_size
-    assert indexer is not None
-    width = indexer.num_heads * indexer.head_dim
-    plan.linear("index_q_proj", width, attention.q_lora_rank or hidden, count, block)
-    plan.bf16("index_k_proj", indexer.head_dim + indexer.num_heads, hidden, count, block)
-    scores = IndexScores(
-        deployment.sequences, deployment.context, indexer.num_heads, indexer.head_dim, deployment.tokens_per_step
-    )
-    plan.add("index_scores", scores, count, block)
-
-
-def _gated_ffn(plan: _Plan, name: str, inter: int, count: int) -> None:
+def _gated_ffn(plan: Plan, name: str, inter: int, count: int) -> None:
     hidden = plan.model.hidden_size
     plan.linear(f"{name}_gate_up", 2 * inter, hidden, count)
     plan.streaming(f"{name}_swiglu", 3 * inter, count)
     plan.linear(f"{name}_down", hidden, inter, count)
 
 
-def _moe(plan: _Plan, moe: MoeFfn, count: int) -> None:
+def _moe(plan: Plan, moe: MoeFfn, count: int) -> None:
     deployment, hidden = plan.deployment, plan.model.hidden_size
     precision, rows, tp = deployment.precision, deployment.rows, deployment.attention_tp
     plan.bf16("router", moe.num_experts, hidden, count)
     plan.streaming("router_top_k", 2 * moe.num_experts, count, "moe")
-    experts = Experts(
+    experts = plan.experts(
         rows * deployment.attention_dp,
         hidden,
         moe.intermediate_size,
@@ -225,9 +250,9 @@ def _moe(plan: _Plan, moe: MoeFfn, count: int) -> None:
     sent = -(-rows // tp)
     if deployment.dispatches:
         route = (sent, hidden, moe.top_k, moe.num_experts, deployment.expert_parallel)
-        plan.add("dispatch", ExpertAllToAll("dispatch", *route, precision.dispatch), count)
+        plan.add("dispatch", plan.all_to_all("dispatch", *route, precision.dispatch), count)
         plan.add("experts", experts, count, "moe")
-        plan.add("combine", ExpertAllToAll("combine", *route, "bf16"), count)
+        plan.add("combine", plan.all_to_all("combine", *route, "bf16"), count)
     else:
         everywhere = rows * deployment.attention_dp * hidden
         plan.add("tokens_all_gather", Collective("all_gather", everywhere, deployment.gpus), count)

@@ -362,14 +362,10 @@ class ExpertAllToAll(Op):
         return f"{self.num_tokens} tokens x {self.hidden}, top-{self.top_k}, ep {self.ep}, {self.payload}"
 
 
-@dataclass(frozen=True)
-class AttentionModule(Op):
-    """A whole MLA attention block that a stack's table times as one. Its floor is the parts' sum."""
+class Module(Op):
+    """Several ops that a stack's table times as one. Its floor is the parts' sum."""
 
-    kind = "mla_module"
-    attention: MlaAttention
     parts: tuple[Op, ...]
-    gemm_format: str
 
     @property
     def bytes(self) -> float:
@@ -381,6 +377,16 @@ class AttentionModule(Op):
 
     def floor_s(self, gpu: Gpu) -> float:
         return sum(part.floor_s(gpu) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class AttentionModule(Module):
+    """A whole MLA attention block of a decode step."""
+
+    kind = "mla_module"
+    attention: MlaAttention
+    parts: tuple[Op, ...]
+    gemm_format: str
 
     def shape(self) -> str:
         return f"{self.attention.shape()}, {self.gemm_format} projections"
