@@ -13,6 +13,7 @@ from . import __version__
 from .commands.compare import compare, gate
 from .commands.kernels import bench, inspect
 from .commands.lab import doctor, lab
+from .commands.levers import speculate
 from .commands.options import (
     batch_option,
     data_option,
@@ -60,6 +61,7 @@ cli.add_command(lab)
 cli.add_command(doctor)
 cli.add_command(compare)
 cli.add_command(gate)
+cli.add_command(speculate)
 cli.add_command(tco)
 cli.add_command(interval)
 cli.add_command(sensitivity)

@@ -1,0 +1,98 @@
+"""``tokenfab speculate``, ``tokenfab scale``: what drafts and what the links between GPUs are worth."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import data_option, parallel_option, records_option
+from .shared import Progress, combined, comma, json_option, price_options, print_json, show
+
+if TYPE_CHECKING:
+    from ..costing.levers.acceptance import Acceptance
+
+_serving_options = combined(
+    click.option("--precision", help="See `tokenfab models --precisions`; the checkpoint's own by default."),
+    click.option("--kv-format", help="Format of the KV cache, instead of the precision's: bf16 or fp8."),
+    click.option("--context", type=int, default=4096, show_default=True, help="Cached tokens per sequence."),
+    click.option(
+        "--load", default="balanced", show_default=True, help="Expert load: balanced, power_law_1.01 or power_law_1.2."
+    ),
+)
+
+
+@click.command()
+@click.argument("model")
+@comma("--gpu", "gpus", "See `tokenfab gpus`.", required=True)
+@comma("--stack", "stacks", "NAME@VERSION for an older one.", default="vllm", show_default=True)
+@parallel_option
+@comma("--batch", "batches", "Sequences per GPU; powers of two that fit by default.", item=float)
+@comma("--drafts", "drafts", "Draft tokens per step.", item=int, default="1", show_default=True)
+@comma("--acceptance-rate", "rates", "One for every position, or one per position.", item=float)
+@comma("--acceptance-length", "lengths", "Tokens kept per step, one for each of --drafts.", item=float)
+@click.option("--acceptance", "measured", metavar="NAME", help="Measured by others: deepseek-v4-pro, glm-5.2, ...")
+@click.option("--drafter", default="mtp", show_default=True, help="mtp, ngram (no GPU time), or a model that drafts.")
+@_serving_options
+@price_options
+@data_option
+@records_option
+@json_option
+def speculate(
+    model: str, gpus: list[str], stacks: list[str], parallel: str | None, batches: list[float] | None,
+    drafts: list[int], rates: list[float] | None, lengths: list[float] | None, measured: str | None, drafter: str,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Speculative decoding of MODEL: $/M and tokens/s/user by batch and number of drafts, and where it stops paying.
+
+    The verify step runs 1 + drafts tokens per sequence; drafting is added. One of --acceptance-rate,
+    --acceptance-length and --acceptance says how many are kept.
+
+    \b
+    Examples:
+      tokenfab speculate deepseek-v3 --gpu h200 --stack sglang --drafts 1,3 --acceptance-rate 0.85
+      tokenfab speculate deepseek-v3 --gpu gb200 --stack trtllm --drafts 1,3,7 --acceptance deepseek-v4-pro
+      tokenfab speculate gpt-oss-120b --gpu h100 --parallel tp2 --drafts 4 --acceptance-rate 0.6 --drafter gpt-oss-20b
+    """
+    from ..costing.levers import speculative_view as view
+    from ..costing.levers.speculative import speculation
+    from ..costing.study import study
+
+    acceptance = _acceptance(drafts, rates, lengths, measured)
+    found = []
+    for gpu in gpus:
+        plan = study(model, [gpu], stacks, [parallel] if parallel else None, [max(batches or [32])], **options)
+        found += speculation(plan, acceptance, drafts, drafter)
+    with Progress("speculate", as_json) as progress:
+        points = []
+        for done, each in enumerate(found):
+            progress.update(done, len(found), f"{each.gpu.name} {each.stack}")
+            points.append(each.points(batches))
+            _ = each.break_evens
+    if as_json:
+        documents = [view.speculation_document(each, at) for each, at in zip(found, points, strict=True)]
+        print_json(documents[0] if len(documents) == 1 else documents)
+        return
+    for each, at in zip(found, points, strict=True):
+        show(
+            False, dict, lambda e=each, a=at: view.speculation_table(e, a),
+            lambda e=each, a=at: view.speculation_lines(e, a),
+        )  # fmt: skip
+
+
+def _acceptance(
+    drafts: list[int], rates: list[float] | None, lengths: list[float] | None, measured: str | None
+) -> Acceptance:
+    from ..costing.levers.acceptance import Acceptance, get_acceptance
+
+    given = [each for each in (rates, lengths, measured) if each is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"acceptance: expected one of --acceptance-rate, --acceptance-length and --acceptance; got {len(given)}"
+        )
+    if rates is not None:
+        return Acceptance.of_rates(rates)
+    if lengths is not None:
+        return Acceptance.of_lengths(drafts, lengths)
+    assert measured is not None
+    return get_acceptance(measured)

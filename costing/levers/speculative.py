@@ -1,0 +1,354 @@
+"""Speculative decoding: what drafts save and cost, by number of drafts and batch.
+
+    step = verify step (1 + drafts tokens per sequence, its own ops) + drafts x draft pass (one token per sequence)
+    $/M  = $/GPU-h x step / (kept tokens x sequences per GPU) / 3600 x 1e6        kept tokens: see ``acceptance``
+
+While weights and cache dominate a step, verifying several tokens takes hardly longer than making one; once its matrix
+products do, every rejected token is paid in full. In between lies the *break-even batch*: beyond it drafts cost more.
+
+A draft is made by
+    mtp     multi-token prediction: one more decoder layer, like the model's last, behind norms of its two inputs and a
+            BF16 projection 2h x h, with the model's embedding and LM head
+    ngram   looked up in the text: no GPU time (the host's is left out)
+    MODEL   another model, whole, on the same GPUs with the same split
+Weights and cache of what drafts must fit beside the model's own.
+
+Units: seconds, dollars per million output tokens of decode GPUs, sequences per GPU. Errors: ``ValueError`` naming the
+field, ``DoesNotFit`` where no batch fits with drafts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from ...bench.decode_plan import OMITTED, OpCall
+from ...bench.deployment import Deployment, Precision, get_precision
+from ...bench.memory import DoesNotFit, kv_bytes_per_sequence, memory, weight_bytes
+from ...bench.models import load_model
+from ...bench.ops import Gemm, Streaming
+from ...bench.published import model_timing
+from ...bench.step_time import StepTime, TimedOp, step_time
+from ..cost import StepCost
+from .acceptance import Acceptance, check_drafts
+
+if TYPE_CHECKING:
+    from ...bench.gpus import Gpu
+    from ...bench.model_config import ModelConfig
+    from ...bench.published import PublishedData, Stack
+    from ..prices import Price
+    from ..study import Study
+
+MTP, NGRAM = "mtp", "ngram"
+DRAFT = "draft_"
+"""Begins the name of every op that drafts."""
+
+EVERY = 512
+"""Up to so many sequences per attention group the break-even is looked for one by one."""
+
+_BF16_BYTES = 2.0
+
+SPECULATION_OMITTED = (
+    *OMITTED,
+    "drafting: the first pass also appends the kept tokens to the draft's own cache, priced as one token; choosing "
+    "among drafts and host time",
+)
+"""What is in neither side of the comparison."""
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """What makes drafts. ``model``: what one draft pass runs, None for nothing; ``precision`` its formats."""
+
+    kind: str
+    model: ModelConfig | None
+    precision: Precision | None
+    hidden_size: int = 0
+
+    @classmethod
+    def of(cls, kind: str, model: ModelConfig, precision: Precision) -> Drafter:
+        """``"mtp"``, ``"ngram"``, or a model's name or config.json.
+
+        Raises:
+            ValueError: an unknown model, or one whose checkpoint has a precision tokenfab does not know.
+        """
+        if kind == NGRAM:
+            return cls(kind, None, None)
+        if kind == MTP:
+            layer = replace(model, name=f"{model.name} MTP", layers=((model.layers[-1][0], 1),))
+            return cls(kind, layer, precision, model.hidden_size)
+        other = load_model(kind)
+        own = precision if other.native_precision is None else get_precision(other.native_precision)
+        return cls(other.name, other, own)
+
+    def describe(self) -> str:
+        if self.model is None:
+            return "n-gram drafts: no GPU time"
+        if self.kind == MTP:
+            return "multi-token prediction: one decoder layer, projection and LM head per draft"
+        return f"drafts by {self.model.name} in {self.precision.name if self.precision else '?'}"
+
+    def deployment(self, verify: Deployment) -> Deployment:
+        """One draft pass beside a verify step: one token per sequence, same split."""
+        assert self.precision is not None
+        return replace(verify, precision=self.precision, tokens_per_step=1, kept_tokens_per_step=1.0)
+
+    def bytes(self, verify: Deployment) -> tuple[float, float]:
+        """(weights, cache of one sequence) that drafting holds on one GPU."""
+        if self.model is None:
+            return 0.0, 0.0
+        deployment = self.deployment(verify)
+        weights = weight_bytes(self.model, deployment)
+        if self.kind == MTP:  # embedding and LM head are the model's
+            ends = weight_bytes(replace(self.model, layers=()), deployment)
+            weights += (2 * self.hidden_size**2 + 2 * self.hidden_size) * _BF16_BYTES - ends
+        tokens = verify.context + verify.tokens_per_step
+        cache = kv_bytes_per_sequence(self.model, tokens, deployment.precision, deployment.attention_tp)
+        return weights, cache
+
+    def ops(self, data: PublishedData, gpu: Gpu, stack: Stack, verify: Deployment, drafts: int) -> list[TimedOp]:
+        """The ops of ``drafts`` passes, one after the other.
+
+        Raises:
+            ValueError: a split or precision that does not suit the drafting model.
+        """
+        if self.model is None:
+            return []
+        deployment = self.deployment(verify)
+        passed = list(step_time(data, self.model, gpu, stack, deployment, check_memory=False).ops)
+        if self.kind == MTP:
+            hidden, rows = self.hidden_size, deployment.rows
+            norms = Streaming(2 * 2 * hidden * _BF16_BYTES * rows)  # the embedding and the hidden state, in and out
+            passed += [_time(data, gpu, stack, OpCall("norms", norms, 1))]
+            passed += [_time(data, gpu, stack, OpCall("projection", Gemm(rows, hidden, 2 * hidden), 1))]
+        return [_times(op, drafts) for op in passed]
+
+
+def _time(data: PublishedData, gpu: Gpu, stack: Stack, call: OpCall) -> TimedOp:
+    """One op outside a plan: by the stack's published rows, or those it fills up with, or the roofline."""
+    published = getattr(stack, "rest", stack)
+    if published is None:
+        timing = model_timing(call.op, gpu, "no record of a kernel of tokenfab's")
+    else:
+        timing = data.time(call.op, gpu, published)
+    return TimedOp(call, timing.time_s, call.op.floor_s(gpu), timing.provenance, timing.source)
+
+
+def _times(op: TimedOp, drafts: int) -> TimedOp:
+    call = OpCall(DRAFT + op.call.name, op.call.op, op.call.calls_per_step * drafts, op.call.block)
+    return replace(op, call=call, time_s=op.time_s * drafts, floor_s=op.floor_s * drafts)
+
+
+def most_sequences(model: ModelConfig, gpu: Gpu, verify: Deployment, drafter: Drafter | None) -> int:
+    """The most sequences per attention group that fit, with what drafts; 0 where weights alone do not."""
+    one = memory(model, gpu, replace(verify, batch_per_gpu=1 / verify.attention_tp))
+    weights, cache = drafter.bytes(verify) if drafter else (0.0, 0.0)
+    free = one.capacity_bytes - one.weights_bytes - one.reserve_bytes - weights
+    return max(0, int(free // (one.kv_bytes + cache)))
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """Beyond which batch a number of drafts costs more.
+
+    Attributes:
+        batch_per_gpu: the largest batch at which drafts cost no more; None where they cost less at every batch that
+            fits (``is_never_dearer``), or more at every one.
+        largest_batch_per_gpu: the most that fits with drafts.
+        crossings: how often the cheaper side changes over the batches looked at; more than one: tables have steps, and
+            ``batch_per_gpu`` is the last at which drafts cost no more.
+    """
+
+    drafts: int
+    batch_per_gpu: float | None
+    is_never_dearer: bool
+    largest_batch_per_gpu: float
+    crossings: int
+
+    def describe(self) -> str:
+        drafts = f"{self.drafts} draft" + ("s" if self.drafts > 1 else "")
+        if self.is_never_dearer:
+            return f"{drafts}: never cost more within what fits, {self.largest_batch_per_gpu:g} sequences/GPU"
+        if self.batch_per_gpu is None:
+            return f"{drafts}: cost more at every batch that fits, {self.largest_batch_per_gpu:g} sequences/GPU at most"
+        more = f" (the last of {self.crossings} crossings)" if self.crossings > 1 else ""
+        return f"{drafts}: cost more beyond {self.batch_per_gpu:g} sequences/GPU{more}"
+
+
+@dataclass(frozen=True)
+class SpeculationPoint:
+    """One batch: without drafts, and with each number that fits."""
+
+    plain: StepCost
+    drafted: dict[int, StepCost]
+
+    @property
+    def batch_per_gpu(self) -> float:
+        return self.plain.step.deployment.batch_per_gpu
+
+    @property
+    def best_drafts(self) -> int:
+        """The cheapest number of drafts; 0 for none."""
+        costs = {0: self.plain.usd_per_mtok_output}
+        costs.update((drafts, cost.usd_per_mtok_output) for drafts, cost in self.drafted.items())
+        return min(costs, key=lambda drafts: costs[drafts])
+
+
+class Speculation:
+    """A model on one GPU, stack and split, with and without drafts."""
+
+    def __init__(
+        self,
+        data: PublishedData,
+        model: ModelConfig,
+        gpu: Gpu,
+        stack: Stack,
+        deployment: Deployment,
+        price: Price,
+        acceptance: Acceptance,
+        drafts: Sequence[int],
+        kind: str = MTP,
+    ) -> None:
+        """``deployment``: GPUs, split, precision and context; its batch does not matter.
+
+        Raises:
+            ValueError: no drafts, one that is no number, or of which no acceptance is known; not even one sequence
+                fits with drafts.
+        """
+        if not drafts:
+            raise ValueError("drafts: expected at least one number of drafts; got none")
+        for each in drafts:
+            check_drafts(each)
+        if len(set(drafts)) != len(drafts):
+            raise ValueError(f"drafts: expected different numbers; got {', '.join(map(str, drafts))}")
+        self.data, self.model, self.gpu, self.stack, self.price = data, model, gpu, stack, price
+        self.acceptance, self.drafts = acceptance, tuple(sorted(drafts))
+        self.kept = {each: acceptance.kept_tokens(each) for each in self.drafts}
+        self.drafter = Drafter.of(kind, model, deployment.precision)
+        self._base = replace(deployment, tokens_per_step=1, kept_tokens_per_step=1.0)
+        self._costs: dict[tuple[int, int], StepCost] = {}
+        if self.most(self.drafts[0]) < 1:
+            weights = self.drafter.bytes(self._deployment(self.drafts[0], 1))[0]
+            raise DoesNotFit(
+                f"memory: {model.name} in {deployment.precision.name} on {deployment.gpus} x {gpu.name} with "
+                f"{weights / 1024**3:.1f} GiB of weights that draft holds not one sequence of {deployment.context} "
+                "tokens per attention group; name more GPUs"
+            )
+
+    def _deployment(self, drafts: int, sequences: int) -> Deployment:
+        return replace(
+            self._base,
+            batch_per_gpu=sequences / self._base.attention_tp,
+            tokens_per_step=1 + drafts,
+            kept_tokens_per_step=self.kept[drafts] if drafts else 1.0,
+        )
+
+    def most(self, drafts: int) -> int:
+        """The most sequences per attention group that fit; without drafts nothing that drafts is held."""
+        return most_sequences(
+            self.model, self.gpu, self._deployment(drafts, 1), self.drafter if drafts else None
+        )  # fmt: skip
+
+    def cost(self, drafts: int, sequences: int) -> StepCost:
+        """A step with so many drafts (0: none) of so many sequences per attention group."""
+        key = (drafts, sequences)
+        if key not in self._costs:
+            deployment = self._deployment(drafts, sequences)
+            step = step_time(self.data, self.model, self.gpu, self.stack, deployment, check_memory=False)
+            if drafts:
+                more = self.drafter.ops(self.data, self.gpu, self.stack, deployment, drafts)
+                step = StepTime(self.model, self.gpu, self.stack, deployment, (*step.ops, *more))
+            self._costs[key] = StepCost(step, self.price)
+        return self._costs[key]
+
+    def points(self, batches: Sequence[float] | None = None) -> list[SpeculationPoint]:
+        """Both sides at every batch (sequences per GPU) that fits without drafts; powers of two for None.
+
+        Raises:
+            ValueError: no batch, one that is no whole number of sequences per group, or none that fits.
+        """
+        most = self.most(0)
+        asked = [each / self._base.attention_tp for each in _ladder(most)] if batches is None else list(batches)
+        if not asked:
+            raise ValueError("batch: expected at least one; got none")
+        found = []
+        for batch in sorted(set(asked)):
+            sequences = replace(self._base, batch_per_gpu=batch).sequences
+            if sequences <= most:
+                drafted = {each: self.cost(each, sequences) for each in self.drafts if sequences <= self.most(each)}
+                found.append(SpeculationPoint(self.cost(0, sequences), drafted))
+        if not found:
+            raise DoesNotFit(
+                f"memory: no batch fits: {self.model.name} on {self._base.gpus} x {self.gpu.name} holds "
+                f"{most / self._base.attention_tp:g} sequences/GPU of {self._base.context} tokens"
+            )
+        return found
+
+    @cached_property
+    def break_evens(self) -> list[BreakEven]:
+        """One for each number of drafts that fits at all."""
+        return [self._break_even(drafts) for drafts in self.drafts if self.most(drafts)]
+
+    def _break_even(self, drafts: int) -> BreakEven:
+        def is_dearer(sequences: int) -> bool:
+            return self.cost(drafts, sequences).usd_per_mtok_output > self.cost(0, sequences).usd_per_mtok_output
+
+        most, tp = self.most(drafts), self._base.attention_tp
+        last, crossings = last_false(is_dearer, most)
+        return BreakEven(drafts, last / tp if 0 < last < most else None, last == most, most / tp, crossings)
+
+
+def _ladder(most: int) -> list[int]:
+    """1, 2, 4, ... and ``most``."""
+    steps = [2**power for power in range(most.bit_length()) if 2**power <= most]
+    return steps if steps and steps[-1] == most else [*steps, most]
+
+
+def _scanned(most: int) -> list[int]:
+    """Every whole number up to ``EVERY``, then steps of 2 %, and ``most``."""
+    steps = list(range(1, min(most, EVERY) + 1))
+    while steps[-1] < most:
+        steps.append(min(most, steps[-1] + steps[-1] // 50))
+    return steps
+
+
+def last_false(is_true: Callable[[int], bool], most: int) -> tuple[int, int]:
+    """(the last whole number up to ``most`` at which ``is_true`` does not hold, changes seen); 0 where it always does.
+
+    Exact up to ``EVERY``; beyond, where ``is_true`` changes once in the gap after the last false one looked at.
+    """
+    steps = _scanned(most)
+    seen = [is_true(step) for step in steps]
+    crossings = sum(before != after for before, after in itertools.pairwise(seen))
+    if all(seen):
+        return 0, crossings
+    place = len(seen) - 1 - seen[::-1].index(False)
+    if place == len(seen) - 1:
+        return most, crossings
+    low, high = steps[place], steps[place + 1]
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_true(middle) else (middle, high)
+    return low, crossings
+
+
+def speculation(plan: Study, acceptance: Acceptance, drafts: Sequence[int], kind: str = MTP) -> list[Speculation]:
+    """One for each GPU and stack of a study with one split.
+
+    Raises:
+        ValueError: as ``Speculation``; an unknown stack.
+    """
+    from ...bench.recorded import find_stack
+
+    sweep = plan.sweep
+    found = []
+    for gpu in sweep.gpus:
+        for spec in sweep.stacks:
+            stack = find_stack(gpu, spec, plan.data, plan.recorded)
+            deployment = sweep.deployment(sweep.parallels[0], 1)
+            price = plan.price(gpu)
+            found.append(Speculation(plan.data, sweep.model, gpu, stack, deployment, price, acceptance, drafts, kind))
+    return found
