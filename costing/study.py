@@ -35,16 +35,23 @@ class Study:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """A study's points, the published data they are from, and what could not be."""
+    """A study's points, and what could not be."""
 
-    sweep: Sweep
+    study: Study
     points: list[StepCost]
     skipped: list[Skipped]
-    data: PublishedData
+
+    @property
+    def sweep(self) -> Sweep:
+        return self.study.sweep
 
     @property
     def model(self) -> ModelConfig:
-        return self.sweep.model
+        return self.study.sweep.model
+
+    @property
+    def data(self) -> PublishedData:
+        return self.study.data
 
 
 def choose_precision(model: ModelConfig, name: str | None, kv_format: str | None) -> Precision:
@@ -135,6 +142,23 @@ def price_step(study: Study) -> StepCost:
     return StepCost(step_time(study.data, sweep.model, gpu, stack, deployment), study.price(gpu))
 
 
+def study_of(study: Study, cost: StepCost) -> Study:
+    """The study of one of its points alone.
+
+    Raises:
+        ValueError: a stack that the study does not name.
+    """
+    gpu, deployment = cost.step.gpu, cost.step.deployment
+    stacks = {find_stack(gpu, spec, study.data, study.recorded): spec for spec in study.sweep.stacks}
+    if cost.step.stack not in stacks:
+        raise ValueError(f"stack: expected one of {', '.join(map(str, stacks))}; got {cost.step.stack}")
+    sweep = replace(
+        study.sweep, gpus=[gpu], stacks=[stacks[cost.step.stack]], parallels=[Parallel.of(deployment)],
+        batches=[deployment.batch_per_gpu],
+    )  # fmt: skip
+    return replace(study, sweep=sweep, price=lambda _: cost.price)
+
+
 def run_study(study: Study, show_progress: bool = False) -> StudyResult:
     """Price every point.
 
@@ -145,7 +169,7 @@ def run_study(study: Study, show_progress: bool = False) -> StudyResult:
         result = run_sweep(study.sweep, study.data, study.price, advance, study.recorded)
     if not result.points:
         raise ValueError(f"{study.sweep.model.name}: no point can be: {result.skipped[0].reason}")
-    return StudyResult(study.sweep, result.points, result.skipped, study.data)
+    return StudyResult(study, result.points, result.skipped)
 
 
 def run_check(

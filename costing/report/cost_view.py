@@ -12,8 +12,10 @@ from ...bench.decode_plan import OMITTED
 from ...bench.published import MEASURED_HERE, PROVENANCES
 from ..cost import OpCost, StepCost
 from ..levers.common_draws import CommonDraws
-from ..study import StudyResult
+from ..levers.sensitivity import sensitivity
+from ..study import StudyResult, study_of
 from ..sweep import Parallel, best_points, frontier
+from .lever_view import tornado, tornado_body
 from .page import OKABE_ITO, Cell, Section, axis, html_table, layout, log_axis, plot, price_inputs, write_page
 
 STACK_STYLE = {
@@ -172,8 +174,8 @@ def _best_table(best: Sequence[StepCost], draws: CommonDraws) -> str:
                 parallel,
                 f"{deployment.batch_per_gpu:g}",
                 f"{point.step.step_s * 1e3:.2f}",
-                f"{point.tokens_per_s_per_gpu:,.0f}",
-                f"{point.tokens_per_s_per_user:.1f}",
+                Cell.of(f"{point.tokens_per_s_per_gpu:.1f}", rate=point.tokens_per_s_per_gpu),
+                Cell.of(f"{point.tokens_per_s_per_user:.1f}", rate=point.tokens_per_s_per_user),
                 Cell.of(f"{point.price.usd_per_gpu_hour:.2f}", price=gpu),
                 *(Cell.of(f"{usd:.3f}", usd=usd, gpu=gpu) for usd in (point.usd_per_mtok_output, at.p5, at.p95)),
                 *(f"{shares.get(kind, 0.0):.0%}" for kind in kinds),
@@ -216,6 +218,11 @@ def _best_section(
     )
 
 
+def _drafts(study: StudyResult) -> str:
+    kept, tokens = study.sweep.kept_tokens_per_step, study.sweep.tokens_per_step
+    return f"{tokens} tokens verified per step, {kept:g} of them kept; " if tokens > 1 else ""
+
+
 def _model_section(study: StudyResult, number: int, min_rate: float, max_modelled: float) -> Section:
     name = study.model.name
     ranked = [point for point in study.points if point.step.coverage()["modelled"] <= max_modelled]
@@ -225,15 +232,20 @@ def _model_section(study: StudyResult, number: int, min_rate: float, max_modelle
         throughput: _curves(ranked, "tokens_per_s_per_gpu", "tokens per second per GPU"),
         cost: _curves(ranked, "usd_per_mtok_output", "$ per million output tokens"),
     }
+    moved = ""
     if best:
-        figures[f"breakdown-{number}"] = _breakdown(best)
+        moves = sensitivity(study_of(study.study, best[0]))
+        figures[f"breakdown-{number}"], figures[f"moves-{number}"] = _breakdown(best), tornado(moves)
+        moved = tornado_body(moves, f"moves-{number}")
     body = (
         f"<p>{html.escape(study.sweep.precision.title)}; {study.sweep.context} tokens of context per sequence; "
-        f"expert load {html.escape(study.sweep.load)}; {len(ranked)} of {len(study.points)} points ranked.</p>"
+        f"expert load {html.escape(study.sweep.load)}; {_drafts(study)}"
+        f"{len(ranked)} of {len(study.points)} points ranked.</p>"
         f"<h3>Throughput against interactivity</h3><p class='soft'>Up and right is better.</p>"
         f"{plot(throughput, f'{name}, throughput')}"
         f"<h3>Cost against interactivity</h3><p class='soft'>Down and right is better.</p>{plot(cost, f'{name}, cost')}"
         + _best_section(best, number, name, min_rate, CommonDraws(study.data))
+        + moved
     )
     return Section(f"model-{number}", name, body, figures)
 
@@ -277,6 +289,8 @@ def write_report(
         point.step.gpu.name: (point.step.gpu.title, point.price.usd_per_gpu_hour)
         for study in studies for point in study.points
     }  # fmt: skip
+    kept = {(study.sweep.kept_tokens_per_step, study.sweep.tokens_per_step) for study in studies}
+    one = next(iter(kept)) if len(kept) == 1 else (1.0, 1)
     omitted = "".join(f"<li>{html.escape(text)}</li>" for text in OMITTED)
     sections = [
         *(
@@ -288,4 +302,10 @@ def write_report(
         _how_section(max_modelled),
     ]
     title = "Dollars per million tokens, kernel by kernel"
-    write_page(path, title, "a decode step from published kernel times", sections, price_inputs(prices))
+    write_page(
+        path,
+        title,
+        "a decode step from published kernel times",
+        sections,
+        price_inputs(prices, one if one[1] > 1 else None),
+    )

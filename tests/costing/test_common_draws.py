@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from tokenfab.bench.published import PublishedData
@@ -33,6 +34,6 @@ def test_draws_do_not_depend_on_what_else_is_priced(published: PublishedData) ->
 
 
 @pytest.mark.parametrize(("options", "words"), [({"samples": 10}, "samples: .* 100; got 10"), ({"seed": -1}, "seed")])
-def test_r28_absurd_draws_are_named(published: PublishedData, options: dict[str, int], words: str) -> None:
+def test_r28_absurd_draws_are_named(published: PublishedData, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         CommonDraws(published, **options)

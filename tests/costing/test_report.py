@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenfab.costing.levers.sensitivity import sensitivity
 from tokenfab.costing.prices import stated_price
 from tokenfab.costing.report.cost_view import cheapest_frontier, write_report
-from tokenfab.costing.study import StudyResult, run_study, study
+from tokenfab.costing.study import StudyResult, price_step, run_study, study, study_of
+from tokenfab.costing.sweep import best_points
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "</script><script>window.owned = 1</script><img src=x onerror='window.owned = 2'>"
@@ -39,7 +41,7 @@ def figures(path: Path) -> dict[str, Any]:
 
 def test_plots_hold_the_points(report: Path, studies: list[StudyResult]) -> None:
     found = figures(report)
-    assert set(found) == {f"{kind}-{n}" for kind in ("throughput", "cost", "breakdown") for n in (0, 1)}
+    assert set(found) == {f"{kind}-{n}" for kind in ("throughput", "cost", "breakdown", "moves") for n in (0, 1)}
     ranked = [p for p in studies[0].points if p.step.coverage()["modelled"] <= 0.25]
     drawn = {(x, y) for t in found["cost-0"]["data"][1:] for x, y in zip(t["x"], t["y"], strict=True)}
     assert drawn <= {(p.tokens_per_s_per_user, p.usd_per_mtok_output) for p in ranked}
@@ -90,7 +92,7 @@ def opened(browser: Any, path: Path, width: int, height: int) -> tuple[Any, list
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("requestfailed", lambda request: errors.append(request.url))
     page.goto(path.as_uri())
-    page.wait_for_function("document.querySelectorAll('.plot .main-svg').length >= 6")
+    page.wait_for_function("document.querySelectorAll('.plot .main-svg').length >= 8")
     return page, errors
 
 
@@ -98,8 +100,8 @@ def opened(browser: Any, path: Path, width: int, height: int) -> tuple[Any, list
 def test_in_a_browser_with_the_network_off(browser: Any, report: Path, width: int, height: int) -> None:
     page, errors = opened(browser, report, width, height)
     counts = page.evaluate("[...document.querySelectorAll('.plot')].map(p => p.data.map(t => t.x.length))")
-    assert len(counts) == 6
-    assert all(len(traces) > 3 and all(traces) for traces in counts)
+    assert len(counts) == 8
+    assert all(len(traces) > 1 and all(traces) for traces in counts)
     marks = page.evaluate(
         "[...document.querySelectorAll('.plot')].map(p => p.querySelectorAll('path.point, .point path').length)"
     )
@@ -190,7 +192,7 @@ def test_r25_hostile_names_are_inert(browser: Any, studies: list[StudyResult], t
         replace(p, price=price, step=replace(p.step, model=model, gpu=gpus[p.step.gpu.name])) for p in study_0.points
     ]
     path = tmp_path / "hostile.html"
-    hostile = StudyResult(replace(study_0.sweep, model=model), points, [], study_0.data)
+    hostile = StudyResult(replace(study_0.study, sweep=replace(study_0.sweep, model=model)), points, [])
     write_report(path, [hostile, studies[1]], 20.0, 0.25)
     page, errors = opened(browser, path, 1280, 900)
     assert page.evaluate("window.owned") is None
@@ -209,3 +211,38 @@ def test_no_point_fast_enough_is_said_not_drawn(studies: list[StudyResult], tmp_
     write_report(path, studies[:1], 1e6, 0.25)
     assert "No ranked point reaches 1e+06 tokens/s/user" in path.read_text()
     assert set(figures(path)) == {"throughput-0", "cost-0"}
+
+
+def test_acceptance_length_prices_the_page_again(browser: Any, tmp_path: Path) -> None:
+    """A verify step takes as long however many tokens are kept: rates go up with them, dollars down."""
+    path = tmp_path / "drafts.html"
+    plan = study("deepseek-v3", ["h200"], ["sglang"], None, None, tokens_per_step=4, kept_tokens=2.5)
+    write_report(path, [run_study(plan)], 1.0, 1.0)
+    page = browser.new_context(offline=True).new_page()
+    page.goto(path.as_uri())
+    page.wait_for_function("document.querySelectorAll('.plot .main-svg').length >= 4")
+    assert "4 tokens verified per step, 2.5 of them kept" in page.inner_text("body")
+    before = {(plot, axis): drawn(page, plot, axis) for plot in ("cost-0", "throughput-0") for axis in "xy"}
+    rates = page.eval_on_selector_all("[data-rate]", "all => all.map(c => +c.textContent)")
+    page.eval_on_selector("[data-kept]", "e => { e.value = 1; e.dispatchEvent(new Event('input', {bubbles: true})) }")
+    for (plot, axis), values in before.items():
+        factor = 2.5 if (plot, axis) == ("cost-0", "y") else 1 / 2.5
+        for old, new in zip(values, drawn(page, plot, axis), strict=True):
+            assert new == pytest.approx([factor * value for value in old], rel=1e-9)
+    found = page.eval_on_selector_all("[data-rate]", "all => all.map(c => +c.textContent)")
+    assert found == pytest.approx([rate / 2.5 for rate in rates], abs=0.1)
+
+
+def test_without_drafts_there_is_no_acceptance_length(report: Path) -> None:
+    assert "data-kept>" not in report.read_text()
+    assert "acceptance length <span" not in report.read_text()
+
+
+def test_tornado_goes_from_end_to_end(report: Path, studies: list[StudyResult]) -> None:
+    plan = study_of(studies[0].study, best_points(studies[0].points, 20.0)[0])
+    rows = sensitivity(plan).rows
+    low, high = figures(report)["moves-0"]["data"]
+    assert low["y"] == high["y"] == [row.input for row in rows]
+    assert [low["base"] + x for x in low["x"]] == pytest.approx([row.usd_per_mtok_low for row in rows])
+    assert [high["base"] + x for x in high["x"]] == pytest.approx([row.usd_per_mtok_high for row in rows])
+    assert low["base"] == price_step(plan).usd_per_mtok_output
