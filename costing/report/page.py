@@ -126,7 +126,8 @@ def price_inputs(prices: Mapping[str, tuple[str, float]], kept: tuple[float, int
         )
     return (
         f'<form id="reprice" autocomplete="off">{inputs}{acceptance}'
-        '<label>utilisation <span class="unit"><input type="range" min="0.05" max="1" step="0.01" value="1" data-utilisation><output>100 %</output></span></label>'
+        '<label>utilisation <span class="unit"><input type="range" min="0.05" max="1" step="0.01" value="1" '
+        "data-utilisation><output>100 %</output></span></label>"
         '<button type="reset">as in the book</button><span id="reprice-error" role="alert"></span></form>'
     )
 
