@@ -35,7 +35,9 @@ def waits_s(arrival_s: np.ndarray, service_s: np.ndarray, num_servers: int) -> n
         raise ValueError("arrival_s: expected finite times in order")
     if not (np.isfinite(service_s) & (service_s > 0)).all():
         raise ValueError("service_s: expected positive times")
-    if num_servers >= len(arrival_s):
+    ends = np.sort(arrival_s + service_s)  # if nobody waited
+    busy = np.arange(1, len(arrival_s) + 1) - np.searchsorted(ends, arrival_s, side="right")
+    if busy.max() <= num_servers:
         return np.zeros(len(arrival_s))
     if num_servers == 1:  # Lindley: i starts at the largest of arrival_j - work before j, plus the work before i
         work = np.cumsum(service_s)

@@ -1,8 +1,11 @@
-"""The cheapest deployment against a search through all of them, and the limit that binds by lifting each."""
+"""What serves a trace, against hand counts, an event simulation and a search through all; limits by lifting each."""
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
+from collections import deque
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,23 +14,26 @@ import numpy as np
 import pytest
 from tokenfab.bench.deployment import Deployment, get_precision
 from tokenfab.costing.prices import stated_price
-from tokenfab.costing.workload.deploy import (
+from tokenfab.costing.workload.cheapest import (
     MEMORY,
     NONE,
+    TOGETHER,
     TOKENS_PER_S_PER_USER,
     TTFT,
     WHOLE_REPLICAS,
-    DecodePool,
-    Limits,
     Options,
-    PrefillPool,
-    Workload,
-    aggregated,
+    Search,
     cheapest,
     choose,
-    disaggregated,
+    lift,
 )
-from tokenfab.costing.workload.queueing import waits_s
+from tokenfab.costing.workload.deploy import (
+    DecodePool,
+    Limits,
+    PrefillPool,
+    Workload,
+)
+from tokenfab.costing.workload.fleet import aggregated, disaggregated
 
 FP8 = get_precision("fp8")
 
@@ -39,14 +45,53 @@ def deployment(gpus: int, tp: int = 1, batch: float = 8) -> Deployment:
 def decode(gpus: int, batch: float, step_s: float, usd: float = 2.0, *, tp: int = 1, fits: bool = True) -> DecodePool:
     """A step of so many seconds."""
     made: Any = SimpleNamespace(
-        step=SimpleNamespace(deployment=deployment(gpus, tp, batch), step_s=step_s),
+        step=SimpleNamespace(
+            deployment=deployment(gpus, tp, batch), step_s=step_s, coverage=lambda: {"measured": 0.75, "modelled": 0.25}
+        ),
         price=stated_price("h100", usd), tokens_per_s_per_user=1 / step_s,
     )  # fmt: skip
     return DecodePool(made, fits)
 
 
-def prefill(workload: Workload, gpus: int, s_per_token: float, usd: float = 2.0, *, tp: int = 1) -> PrefillPool:
-    return PrefillPool(deployment(gpus, tp), workload.new_tokens * s_per_token, usd, 0.0)
+def prefill(
+    workload: Workload, gpus: int, s_per_token: float, usd: float = 2.0, *, tp: int = 1, hand_over_s: float = 0.0,
+) -> PrefillPool:  # fmt: skip
+    """Half a hand-over is the same for all, half goes with a request's input."""
+    inputs = workload.input_tokens
+    hand_over = hand_over_s * (1 + inputs / inputs.mean()) / 2
+    return PrefillPool(deployment(gpus, tp), workload.new_tokens * s_per_token, hand_over, usd, {"interpolated": 1.0})
+
+
+def simulated_ttft(
+    workload: Workload, pool: PrefillPool, groups: int, more_s: np.ndarray | float, place_s: np.ndarray, places: int
+) -> np.ndarray:
+    """An event simulation: requests arrive, prefill, are handed over and wait for a place of decode."""
+    more = np.broadcast_to(more_s, workload.arrival_s.shape)
+    events = [(float(at), 2, index, "arrives") for index, at in enumerate(workload.arrival_s)]
+    heapq.heapify(events)
+    queues: dict[str, deque[int]] = {"prefill": deque(), "place": deque()}
+    free, first = {"prefill": groups, "place": places}, np.zeros(len(workload.arrival_s))
+    while events:
+        now, _, index, what = heapq.heappop(events)
+        if what == "arrives":
+            queues["prefill"].append(index)
+        elif what == "prefilled":
+            free["prefill"] += 1
+            heapq.heappush(events, (now + more[index], 2, index, "handed over"))
+        elif what == "handed over":
+            queues["place"].append(index)
+        else:
+            free["place"] += 1
+        while queues["prefill"] and free["prefill"]:
+            one = queues["prefill"].popleft()
+            free["prefill"] -= 1
+            heapq.heappush(events, (now + pool.service_s[one], 1, one, "prefilled"))
+        while queues["place"] and free["place"]:
+            one = queues["place"].popleft()
+            free["place"] -= 1
+            first[one] = now
+            heapq.heappush(events, (now + place_s[one], 0, one, "done"))
+    return first - workload.arrival_s
 
 
 @pytest.fixture
@@ -72,14 +117,21 @@ def test_an_aggregated_pool_by_hand(workload: Workload) -> None:
     assert served.gpus == 4 * served.decode_replicas
     assert served.tokens_per_s_per_user == pytest.approx(50 * (1 - rate * service / (4 * served.decode_replicas)))
     assert served.usd_per_hour == 2.0 * served.gpus
-    assert served.load == pytest.approx(groups / (4 * served.decode_replicas))
+    assert served.prefill_load + served.decode_load == pytest.approx(groups / (4 * served.decode_replicas))
     per_request = served.usd_per_hour / 3600 / rate
     assert served.usd_per_mtok_output == pytest.approx(per_request / workload.output_tokens.mean() * 1e6)
     assert served.usd_per_mtok_total == pytest.approx(
         per_request / (workload.input_tokens + workload.output_tokens).mean() * 1e6
     )
-    ttft = waits_s(workload.arrival_s, one.service_s, 4 * int(served.decode_replicas)) + one.service_s + 0.02
-    assert served.ttft_s == pytest.approx(np.quantile(ttft, 0.9))
+    busy = workload.output_tokens * 0.02 / (1 - rate * service / (4 * served.decode_replicas))
+    groups = 4 * int(served.decode_replicas)
+    ttft = simulated_ttft(workload, one, groups, 0.02, busy, 16 * groups)
+    assert served.ttft_s == pytest.approx(np.quantile(ttft, 0.9), rel=1e-9)
+    of_prefill = service / (service + output_s)
+    assert served.prefill_load == pytest.approx(rate * service / groups)
+    assert served.shares == pytest.approx(
+        {"interpolated": of_prefill, "measured": 0.75 * (1 - of_prefill), "modelled": 0.25 * (1 - of_prefill)}
+    )
 
 
 def test_a_faster_user_leaves_less_time_for_prefill(workload: Workload) -> None:
@@ -95,8 +147,8 @@ def test_a_faster_user_leaves_less_time_for_prefill(workload: Workload) -> None:
 
 
 def test_two_pools_by_hand(workload: Workload) -> None:
-    one, step = prefill(workload, 2, 1e-4, usd=3.0, tp=2), decode(8, 16, 0.02)
-    served = disaggregated(workload, one, step, Limits(), 0.25)
+    one, step = prefill(workload, 2, 1e-4, usd=3.0, tp=2, hand_over_s=0.25), decode(8, 16, 0.02)
+    served = disaggregated(workload, one, step, Limits())
     assert served is not None
     rate, output_s = workload.requests_per_s, workload.output_tokens.mean() * 0.02 / 16
     assert served.prefill_replicas == math.ceil(rate * one.mean_s)
@@ -104,25 +156,62 @@ def test_two_pools_by_hand(workload: Workload) -> None:
     assert served.gpus == 2 * served.prefill_replicas + 8 * served.decode_replicas
     assert served.usd_per_hour == 3.0 * 2 * served.prefill_replicas + 2.0 * 8 * served.decode_replicas
     assert served.tokens_per_s_per_user == 50
-    ttft = waits_s(workload.arrival_s, one.service_s, int(served.prefill_replicas)) + one.service_s + 0.25
-    assert served.ttft_s == pytest.approx(np.quantile(ttft, 0.9))
+    places = 16 * 8 * int(served.decode_replicas)
+    more, busy = 0.125 * (1 + workload.input_tokens / workload.input_tokens.mean()), workload.output_tokens * 0.02
+    ttft = simulated_ttft(workload, one, int(served.prefill_replicas), more, busy, places)
+    assert served.ttft_s == pytest.approx(np.quantile(ttft, 0.9), rel=1e-9)
+    assert served.prefill_load == pytest.approx(rate * one.mean_s / served.prefill_replicas)
+    assert served.decode_load == pytest.approx(rate * output_s / (8 * served.decode_replicas))
+    per_request = served.usd_per_hour / 3600 / rate
+    assert served.usd_per_mtok_output == pytest.approx(per_request / workload.output_tokens.mean() * 1e6)
+    gpu_s = 2 * one.mean_s, output_s  # a prefill group has two GPUs
+    assert served.shares["interpolated"] == pytest.approx(gpu_s[0] / sum(gpu_s))
+    assert sum(served.shares.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("max_ttft_s", [1.0, 0.8, 0.7, 0.6])
-def test_the_fewest_replicas_that_hold_the_time_to_first_token(workload: Workload, max_ttft_s: float) -> None:
-    one, step = prefill(workload, 1, 1e-4), decode(1, 64, 0.02)
+@pytest.mark.parametrize(("batch", "step_s"), [(64, 0.02), (8, 0.005), (2, 0.004)])
+def test_the_sizes_that_hold_the_time_to_first_token_and_cost_least(
+    workload: Workload, max_ttft_s: float, batch: int, step_s: float
+) -> None:
+    one, step = prefill(workload, 1, 1e-4, usd=3.0, hand_over_s=0.02), decode(2, batch, step_s)
     served = disaggregated(workload, one, step, Limits(0.0, max_ttft_s))
     assert served is not None
     assert served.ttft_s <= max_ttft_s
+    busy = workload.output_tokens * step_s
+    least_p = math.ceil(workload.requests_per_s * one.mean_s)
+    least_d = math.ceil(workload.requests_per_s * busy.mean() / batch / 2)
+    found = int(served.prefill_replicas), int(served.decode_replicas)
+    sizes = itertools.product(range(least_p, found[0] + 3), range(least_d, found[1] + 3))
+    bill = min(
+        3.0 * p + 4.0 * d for p, d in sizes
+        if 3.0 * p + 4.0 * d <= served.usd_per_hour
+        and np.quantile(simulated_ttft(workload, one, p, one.hand_over_s, busy, 2 * d * batch), 0.9) <= max_ttft_s
+    )  # fmt: skip
+    assert served.usd_per_hour == bill == 3.0 * found[0] + 4.0 * found[1]
+    assert disaggregated(workload, one, step, Limits(0.0, max_ttft_s), bill) is None  # not below itself
+    again = disaggregated(workload, one, step, Limits(0.0, max_ttft_s), bill + 0.01)
+    assert again is not None
+    assert again.usd_per_hour == bill
+    assert disaggregated(workload, one, step, Limits(0.0, 0.1)) is None  # the prefill itself takes longer
+
+
+@pytest.mark.parametrize("max_ttft_s", [2.0, 1.0, 0.8])
+def test_one_pool_is_as_large_as_the_time_to_first_token_needs(workload: Workload, max_ttft_s: float) -> None:
+    one, step = prefill(workload, 2, 1e-4), decode(2, 4, 0.01)
+    served = aggregated(workload, one, step, Limits(20.0, max_ttft_s))
+    assert served is not None
+    work = workload.requests_per_s * one.mean_s
 
     def holds(replicas: int) -> bool:
-        ttft = waits_s(workload.arrival_s, one.service_s, replicas) + one.service_s
-        return bool(np.quantile(ttft, 0.9) <= max_ttft_s)
+        left = 1 - work / (2 * replicas)
+        busy = workload.output_tokens * 0.01 / left
+        ttft = simulated_ttft(workload, one, 2 * replicas, 0.01, busy, 8 * replicas)
+        return 100 * left >= 20 and bool(np.quantile(ttft, 0.9) <= max_ttft_s)
 
-    assert next(n for n in range(1, 1000) if holds(n) and n >= workload.requests_per_s * one.mean_s) == (
-        served.prefill_replicas
-    )
-    assert disaggregated(workload, one, step, Limits(0.0, 0.1)) is None  # the prefill itself takes longer
+    assert holds(int(served.decode_replicas))
+    least = math.ceil((work + workload.requests_per_s * workload.output_tokens.mean() * 0.01 / 4) / 2)
+    assert not any(holds(replicas) for replicas in range(least, int(served.decode_replicas)))
 
 
 def options(workload: Workload, seed: int) -> list[Options]:
@@ -130,12 +219,15 @@ def options(workload: Workload, seed: int) -> list[Options]:
     found = []
     for usd in (2.0, 3.0):
         splits = [(1, 1), (4, 1), (4, 4), (8, 2)]
-        prefills = [prefill(workload, g, generator.uniform(0.5, 2) * 1e-4 / tp, usd, tp=tp) for g, tp in splits]
+        prefills = [
+            prefill(workload, g, generator.uniform(0.5, 2) * 1e-4 / tp, usd, tp=tp, hand_over_s=0.05)
+            for g, tp in splits
+        ]  # fmt: skip
         decodes = [
             decode(g, batch, generator.uniform(0.005, 0.02) * (1 + batch / 32) / tp, usd, tp=tp, fits=batch < 64)
             for g, tp in splits for batch in (4, 16, 32, 64)
         ]  # fmt: skip
-        found.append(Options(prefills, decodes, 0.05))
+        found.append(Options("h100", f"at ${usd}", [*prefills[:-1], replace(prefills[-1], fits=usd > 2)], decodes))
     return found
 
 
@@ -148,7 +240,8 @@ def test_the_cheapest_is_that_of_a_search_through_all(workload: Workload, seed: 
             for step in option.decode:
                 if not step.fits:
                     continue
-                bills.append(disaggregated(workload, one, step, limits, option.hand_over_s))
+                if one.fits:
+                    bills.append(disaggregated(workload, one, step, limits))
                 same = (one.deployment.gpus, one.deployment.attention_tp)
                 if same == (step.deployment.gpus, step.deployment.attention_tp):
                     bills.append(aggregated(workload, one, step, limits))
@@ -164,7 +257,7 @@ def test_the_binding_limit_is_named(workload: Workload) -> None:
     # a small batch is fast and dear, a large one slow and cheap, a larger one does not fit
     one = prefill(workload, 1, 1e-5)
     steps = [decode(1, 1, 0.01), decode(1, 32, 0.04), decode(1, 256, 0.2, fits=False)]
-    offered = [Options([one], steps, 0.0)]
+    offered = [Options("h100", "made up", [one], steps)]
 
     def binding(limits: Limits) -> str:
         choice = choose(workload, offered, limits)
@@ -174,25 +267,63 @@ def test_the_binding_limit_is_named(workload: Workload) -> None:
 
     assert binding(Limits(80.0)) == TOKENS_PER_S_PER_USER
     assert binding(Limits(0.0)) == MEMORY
-    slow = [Options([prefill(workload, 1, 1e-4)], [decode(1, 256, 0.01)], 0.0)]
+    slow = [Options("h100", "made up", [prefill(workload, 1, 1e-4)], [decode(1, 256, 0.01)])]
     tight = choose(workload, slow, Limits(0.0, 0.6))
     assert tight is not None
     assert tight.binding == TTFT
     loose = choose(workload, slow, Limits())
     assert loose is not None
     assert loose.saved[TTFT] == loose.saved[MEMORY] == loose.saved[TOKENS_PER_S_PER_USER] == 0.0
-    wide = [Options([prefill(workload, 64, 1e-4)], [decode(64, 256, 0.01)], 0.0)]
+    wide = [Options("h100", "made up", [prefill(workload, 64, 1e-4)], [decode(64, 256, 0.01)])]
     much = choose(workload, wide, Limits())
     assert much is not None
     assert much.binding == WHOLE_REPLICAS
-    assert much.saved[WHOLE_REPLICAS] == pytest.approx(1 - much.served.load, abs=1e-9)
+    assert much.saved[WHOLE_REPLICAS] == pytest.approx(1 - much.served.prefill_load - much.served.decode_load)
     assert choose(workload, slow, Limits(1e6)) is None
+
+
+def test_what_lifting_saves_is_the_bill_without_the_limit(workload: Workload) -> None:
+    offered, limits = options(workload, 7), Limits(60.0, 0.6, 0.95)
+    choice = choose(workload, offered, limits)
+    assert choice is not None
+    assert set(choice.saved) == {TOKENS_PER_S_PER_USER, TTFT, MEMORY, WHOLE_REPLICAS}
+    for name, saved in choice.saved.items():
+        without = cheapest(workload, offered, lift(limits, name))
+        assert without is not None
+        assert saved == pytest.approx(1 - without.usd_per_hour / choice.served.usd_per_hour)
+        assert saved >= 0
+    assert choice.binding == max(choice.saved, key=choice.saved.__getitem__)
+    assert choice.option in offered
+
+
+def test_limits_may_bind_together(workload: Workload) -> None:
+    # either limit alone needs the dear pool: the cheap one is slow and prefills too long
+    cheap = prefill(workload, 1, 1e-3, usd=0.01), decode(1, 256, 0.1, usd=0.01)
+    dear = prefill(workload, 4, 1e-5, usd=2.0), decode(4, 256, 0.01, usd=2.0)
+    offered = [Options("h100", "cheap", [cheap[0]], [cheap[1]]), Options("h100", "dear", [dear[0]], [dear[1]])]
+    choice = choose(workload, offered, replace(Limits(50.0, 1.0), needs_whole_replicas=False))
+    assert choice is not None
+    assert choice.option.stack == "dear"
+    assert max(choice.saved.values()) == 0
+    assert choice.binding == TOGETHER
+
+
+def test_what_cannot_be_met_is_named(workload: Workload) -> None:
+    one, step = prefill(workload, 1, 1e-4), decode(1, 64, 0.02)
+    search = Search(workload, [Options("h100", "made up", [one], [step, decode(1, 8, 0.001, fits=False)])])
+    assert search.failing(Limits(60.0)) == [TOKENS_PER_S_PER_USER, MEMORY]
+    assert search.failing(Limits(0.0, 0.1)) == [TTFT]
+    assert search.failing(Limits(60.0, 0.1)) == [TOGETHER]
+    assert Search(workload, [Options("h100", "none", [], [])]).failing(Limits()) == []
+    assert search.choose(Limits(60.0)) is None
 
 
 def test_nothing_binds_where_nothing_saves(workload: Workload) -> None:
     exact = workload.requests_per_s * workload.mean_output_tokens / 40  # 40 groups, less what prefill takes
     step_s = 256 / exact * (1 - 1e-3)
-    choice = choose(workload, [Options([prefill(workload, 1, 1e-12)], [decode(1, 256, step_s)], 0.0)], Limits())
+    choice = choose(
+        workload, [Options("h100", "made up", [prefill(workload, 1, 1e-12)], [decode(1, 256, step_s)])], Limits()
+    )
     assert choice is not None
     assert choice.served.decode_replicas == 40
     assert choice.binding == NONE
@@ -213,6 +344,9 @@ def test_nothing_binds_where_nothing_saves(workload: Workload) -> None:
         (lambda: made([0, 1], [2, 2], [2, 0], [1, 1]), "trace: expected 1 or more new and output tokens"),
         (lambda: made([0, 1], [2, 2], [0, -1], [1, 1]), "trace: expected 1 or more new and output tokens"),
         (lambda: made([0, 1], [2, 2], [0, 0], [1, 0]), "trace: expected 1 or more new and output tokens"),
+        (lambda: made([0, 1], [2, math.nan], [0, 0], [1, 1]), "trace: expected finite numbers of tokens"),
+        (lambda: made([0, math.inf], [2, 2], [0, 0], [1, 1]), "trace: expected finite timestamps in order"),
+        (lambda: lift(Limits(), "weather"), "limit: expected one of tokens/s/user, .*; got 'weather'"),
     ],
 )
 def test_what_cannot_be_is_said(make: Any, message: str) -> None:
@@ -220,5 +354,5 @@ def test_what_cannot_be_is_said(make: Any, message: str) -> None:
         make()
 
 
-def made(*columns: list[int]) -> Workload:
+def made(*columns: list[float]) -> Workload:
     return Workload(*(np.array(column, dtype=float) for column in columns))
