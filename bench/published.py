@@ -26,7 +26,7 @@ from packaging.version import InvalidVersion, Version
 
 from .gpus import Gpu
 from .interpolation import Grid, look_up
-from .ops import AttentionModule, Collective, ExpertAllToAll, Op
+from .ops import Collective, ExpertAllToAll, Module, Op
 from .published_tables import KV_LENGTH, Query, Table, one_token, queries
 
 STACKS = ("vllm", "sglang", "trtllm")
@@ -81,7 +81,7 @@ class Stack:
 
 def model_timing(op: Op, gpu: Gpu, why: str) -> Timing:
     """The roofline at the stated efficiency, for an op no table answers."""
-    kernels = len(op.parts) if isinstance(op, AttentionModule) else 1
+    kernels = len(op.parts) if isinstance(op, Module) else 1
     overhead = MODEL_LINK_OVERHEAD_S if isinstance(op, Collective | ExpertAllToAll) else MODEL_OVERHEAD_S
     time_s = op.floor_s(gpu) / MODEL_EFFICIENCY + kernels * overhead
     made = f"roofline / {MODEL_EFFICIENCY:g} + {kernels * overhead * 1e6:g} us"
@@ -103,7 +103,7 @@ class _Rows:
         table = self.table
         keys = [*table.exact, *table.near]
         axes = [column for axis in table.axes for column in (("isl", "step") if axis == KV_LENGTH else (axis,))]
-        wanted = list(dict.fromkeys([*keys, *axes, "kernel_source", table.latency]))
+        wanted = list(dict.fromkeys([*keys, *axes, "kernel_source", *table.latency.split("+")]))
         try:
             with pq.ParquetFile(self.path) as file:
                 missing = sorted(set(wanted) - set(file.schema_arrow.names))
@@ -118,7 +118,8 @@ class _Rows:
 
     def _index(self, data: Any, keys: list[str]) -> None:
         table = self.table
-        time_s = _numbers(data[table.latency].combine_chunks()).astype(np.float64) * table.unit_s
+        times = [_numbers(data[part].combine_chunks()).astype(np.float64) for part in table.latency.split("+")]
+        time_s = np.sum(times, axis=0) * table.unit_s
         absurd = int(np.count_nonzero(~(np.isfinite(time_s) & (time_s > 0))))
         if absurd or not len(time_s):
             got = f"{absurd} rows that are not" if absurd else "no rows"
@@ -270,6 +271,14 @@ class PublishedData:
         """Whether any version up to the stack's has this table for the GPU."""
         return bool(self.files(gpu, stack, table))
 
+    def has_rows(self, op: Op, gpu: Gpu, stack: Stack) -> bool:
+        """Whether a table has rows of this op's very shape, wherever they end."""
+        return any(
+            self.rows(path, query.table).grid((*query.exact, *query.near)) is not None
+            for query in queries(op, gpu, stack.name)
+            for _, path in self.files(gpu, stack, query.table)
+        )
+
     def time(self, op: Op, gpu: Gpu, stack: Stack) -> Timing:
         """The time of one call of ``op`` in ``stack`` on ``gpu``, with its provenance."""
         key = (op, gpu.name, stack)
@@ -330,7 +339,7 @@ class PublishedData:
         A kernel is given that shape's efficiency. A communication op, whose time is mostly latency,
         is given that shape's time and the floors' difference at ``MODEL_EFFICIENCY``.
         """
-        if not query.near or query.plus is not None or isinstance(op, AttentionModule):
+        if not query.near or query.plus is not None or isinstance(op, Module):
             return None
         fixed = len(query.exact)
         for version, path in self.files(gpu, stack, query.table):

@@ -48,7 +48,7 @@ class Table:
         exact: columns that must match. near: shape columns that must match for a measured or
             interpolated answer; a model may borrow from the nearest shape.
         axes: columns to interpolate along.
-        latency: the time's column, in units of ``unit_s`` seconds.
+        latency: the time's column, or several to add as ``a+b``, in units of ``unit_s`` seconds.
     """
 
     family: str
@@ -95,10 +95,10 @@ ATTENTION = Table(
     ("num_heads", "num_key_value_heads"), ("batch_size", KV_LENGTH),
 )  # fmt: skip
 MLA = Table("mla", "generation_mla_perf", ("kv_cache_dtype",), ("num_heads",), ("batch_size", KV_LENGTH))
-_MODULE_KEYS = ("model", "gemm_type", "kv_cache_dtype")
-MLA_MODULE = Table("mla", "mla_generation_module_perf", _MODULE_KEYS, ("num_heads",), ("batch_size", KV_LENGTH))
+MODULE_KEYS = ("model", "gemm_type", "kv_cache_dtype")
+MLA_MODULE = Table("mla", "mla_generation_module_perf", MODULE_KEYS, ("num_heads",), ("batch_size", KV_LENGTH))
 DSA_MODULE = Table(
-    "sparse_attention", "dsa_generation_module_perf", ("op_name", *_MODULE_KEYS), ("num_heads",),
+    "sparse_attention", "dsa_generation_module_perf", ("op_name", *MODULE_KEYS), ("num_heads",),
     ("batch_size", KV_LENGTH),
 )  # fmt: skip
 MLA_BMM = Table("mla_bmm", "mla_bmm_perf", ("op_name", "bmm_dtype"), ("num_heads",), ("num_tokens",))
@@ -122,7 +122,7 @@ TABLES = (
     GEMM, MOE, WIDE_EP_MOE, ATTENTION, MLA, MLA_MODULE, DSA_MODULE, MLA_BMM, ALL_REDUCE, NCCL,
     ALL_TO_ALL, NVLINK_ALL_TO_ALL, *DEEPEP.values(),
 )  # fmt: skip
-"""Every table tokenfab reads."""
+"""Every table that a decode step reads; those of prefill alone are in ``prefill_tables``."""
 
 GEMM_DTYPES = {"bf16": "bfloat16", "fp8": "fp8", "fp8_block": "fp8_block", "nvfp4": "nvfp4"}
 MOE_DTYPES = {
@@ -130,8 +130,8 @@ MOE_DTYPES = {
     ("mxfp4", "bf16"): "w4a16_mxfp4", ("mxfp4", "mxfp8"): "w4a8_mxfp4_mxfp8", ("nvfp4", "nvfp4"): "nvfp4",
 }  # fmt: skip
 KV_DTYPES = {"bf16": "bfloat16", "fp8": "fp8"}
-_DEEPSEEK_LATENT = (512, 64)
-_DEEPSEEK_HIDDEN = 7168
+DEEPSEEK_LATENT = (512, 64)
+DEEPSEEK_HIDDEN = 7168
 
 
 def one_token(op: Op) -> Op:
@@ -163,6 +163,10 @@ def queries(op: Op, gpu: Gpu, stack: str) -> list[Query]:
     if one_token(op) is not op:
         return []
     make = _QUERIES.get(type(op))
+    if make is None:
+        from .prefill_tables import PREFILL_QUERIES  # which builds on this module
+
+        make = PREFILL_QUERIES.get(type(op))
     return make(op, gpu, stack) if make else []
 
 
@@ -177,7 +181,9 @@ def _gemm(op: Gemm, gpu: Gpu, stack: str) -> list[Query]:
     return [Query(GEMM, (dtype,), (), (op.m, op.n, op.k), at)]
 
 
-def _at(op: Op, near: tuple[str, ...], axes: tuple[str, ...]) -> Callable[[tuple[float, ...], tuple[float, ...]], Op]:
+def at_fields(
+    op: Op, near: tuple[str, ...], axes: tuple[str, ...]
+) -> Callable[[tuple[float, ...], tuple[float, ...]], Op]:
     """``op`` with the fields ``near`` and ``axes`` set to other values."""
 
     def at(near_values: tuple[float, ...], axis_values: tuple[float, ...]) -> Op:
@@ -187,7 +193,7 @@ def _at(op: Op, near: tuple[str, ...], axes: tuple[str, ...]) -> Callable[[tuple
     return at
 
 
-def _moe(op: Experts, gpu: Gpu, stack: str) -> list[Query]:
+def moe_queries(op: Experts, gpu: Gpu, stack: str) -> list[Query]:
     dtype = MOE_DTYPES.get((op.weight, op.activation))
     if dtype is None:
         return []
@@ -195,38 +201,40 @@ def _moe(op: Experts, gpu: Gpu, stack: str) -> list[Query]:
     shape = (op.hidden, op.inter, op.top_k, op.num_experts, op.ep, op.tp)
     axes = (op.num_tokens,)
     if not op.dispatched or stack == "trtllm":  # its rows scale with the tokens that stay on the rank
-        return [Query(MOE, (dtype, op.load), shape, axes, _at(op, fields, ("num_tokens",)))]
+        return [Query(MOE, (dtype, op.load), shape, axes, at_fields(op, fields, ("num_tokens",)))]
     replicated = Query(
-        MOE, (dtype, op.load), shape, axes, _at(op, fields, ("num_tokens",)),
+        MOE, (dtype, op.load), shape, axes, at_fields(op, fields, ("num_tokens",)),
         caveat="an upper estimate: the row ran all of the group's tokens through this rank",
     )  # fmt: skip
     if stack == "vllm":
         return [replicated]
     load = {"balanced": "uniform"}.get(op.load, op.load)
-    return [Query(WIDE_EP_MOE, (dtype, load), shape[:5], axes, _at(op, fields[:5], ("num_tokens",))), replicated]
+    return [Query(WIDE_EP_MOE, (dtype, load), shape[:5], axes, at_fields(op, fields[:5], ("num_tokens",))), replicated]
 
 
 def _attention(op: PagedAttention, gpu: Gpu, stack: str) -> list[Query]:
     dtype = KV_DTYPES.get(op.kv_format)
     if dtype is None:
         return []
-    at = _at(op, ("num_heads", "num_kv_heads"), ("batch", "length"))
+    at = at_fields(op, ("num_heads", "num_kv_heads"), ("batch", "length"))
     exact = (dtype, op.head_dim, op.window or 0)
     return [Query(ATTENTION, exact, (op.num_heads, op.num_kv_heads), (op.batch, op.length), at)]
 
 
 def _mla(op: MlaAttention, gpu: Gpu, stack: str) -> list[Query]:
     dtype = KV_DTYPES.get(op.kv_format)
-    if dtype is None or (op.kv_lora_rank, op.rope_dim) != _DEEPSEEK_LATENT or op.top_k is not None:
+    if dtype is None or (op.kv_lora_rank, op.rope_dim) != DEEPSEEK_LATENT or op.top_k is not None:
         return []
-    return [Query(MLA, (dtype,), (op.num_heads,), (op.batch, op.length), _at(op, ("num_heads",), ("batch", "length")))]
+    return [
+        Query(MLA, (dtype,), (op.num_heads,), (op.batch, op.length), at_fields(op, ("num_heads",), ("batch", "length")))
+    ]
 
 
 def _module(op: AttentionModule, gpu: Gpu, stack: str) -> list[Query]:
     attention = op.attention
     kv, gemm = KV_DTYPES.get(attention.kv_format), GEMM_DTYPES.get(op.gemm_format)
     hidden = next(part.k for part in op.parts if isinstance(part, Gemm))
-    is_deepseek = (attention.kv_lora_rank, attention.rope_dim) == _DEEPSEEK_LATENT and hidden == _DEEPSEEK_HIDDEN
+    is_deepseek = (attention.kv_lora_rank, attention.rope_dim) == DEEPSEEK_LATENT and hidden == DEEPSEEK_HIDDEN
     if kv is None or gemm is None or not is_deepseek:
         return []
 
@@ -261,12 +269,12 @@ def scale_module(module: AttentionModule, num_heads: float, batch: float, length
 def _bmm(op: BatchedMatmul, gpu: Gpu, stack: str) -> list[Query]:
     if op.weight != "bf16" or {op.n, op.k} != {128, 512}:
         return []
-    at = _at(op, ("num_heads",), ("m",))
+    at = at_fields(op, ("num_heads",), ("m",))
     return [Query(MLA_BMM, (f"mla_gen_{op.stage}", "bfloat16"), (op.num_heads,), (op.m,), at)]
 
 
 def _collective(op: Collective, gpu: Gpu, stack: str) -> list[Query]:
-    at = _at(op, ("num_gpus",), ("num_elements",))
+    at = at_fields(op, ("num_gpus",), ("num_elements",))
     nccl = Query(NCCL, (op.op, "half"), (op.num_gpus,), (op.num_elements,), at)
     if op.op != "all_reduce":
         return [nccl]
@@ -275,7 +283,7 @@ def _collective(op: Collective, gpu: Gpu, stack: str) -> list[Query]:
 
 def _all_to_all(op: ExpertAllToAll, gpu: Gpu, stack: str) -> list[Query]:
     near, axes = (op.hidden, op.top_k, op.num_experts, op.ep), (op.num_tokens,)
-    at = _at(op, ("hidden", "top_k", "num_experts", "ep"), ("num_tokens",))
+    at = at_fields(op, ("hidden", "top_k", "num_experts", "ep"), ("num_tokens",))
     if stack == "vllm":
         return [Query(ALL_TO_ALL, ("deepep_ll", op.phase, "default"), near, axes, at)]
     if stack == "sglang":
@@ -294,6 +302,6 @@ def _all_to_all(op: ExpertAllToAll, gpu: Gpu, stack: str) -> list[Query]:
 
 
 _QUERIES: dict[type[Op], Callable[[Any, Gpu, str], list[Query]]] = {
-    Gemm: _gemm, Experts: _moe, PagedAttention: _attention, MlaAttention: _mla, AttentionModule: _module,
+    Gemm: _gemm, Experts: moe_queries, PagedAttention: _attention, MlaAttention: _mla, AttentionModule: _module,
     BatchedMatmul: _bmm, Collective: _collective, ExpertAllToAll: _all_to_all,
 }  # fmt: skip
