@@ -11,6 +11,7 @@ import click
 
 from . import __version__
 from .commands.compare import compare, gate
+from .commands.explain import explain
 from .commands.kernels import bench, inspect
 from .commands.lab import doctor, lab
 from .commands.levers import speculate
@@ -63,6 +64,7 @@ cli.add_command(compare)
 cli.add_command(gate)
 cli.add_command(speculate)
 cli.add_command(tco)
+cli.add_command(explain)
 cli.add_command(interval)
 cli.add_command(sensitivity)
 

@@ -1,0 +1,304 @@
+"""Waterfalls: factors multiply to the total, in any order; each against a count of its own."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from functools import cache
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenfab.bench.deployment import Deployment, get_precision
+from tokenfab.bench.gpus import Gpu, get_gpu
+from tokenfab.bench.models import load_model
+from tokenfab.bench.ops import Op
+from tokenfab.bench.published import PublishedData
+from tokenfab.bench.step_time import published_step
+from tokenfab.costing.levers.waterfall import (
+    GROUPS,
+    SPLIT,
+    Impossible,
+    Point,
+    Pricer,
+    changed_groups,
+    waterfall,
+)
+from tokenfab.costing.levers.waterfall_orders import (
+    all_orders,
+    order_text,
+    ordered_waterfall,
+    parse_order,
+    possible_order,
+)
+from tokenfab.costing.levers.waterfall_view import waterfall_document, waterfall_lines, waterfall_table
+from tokenfab.costing.prices import PriceBook, stated_price
+from tokenfab.costing.sweep import Parallel
+
+BOOK = PriceBook.read()
+MODEL = "qwen3-30b-a3b"
+
+
+@cache
+def pricer(model: str = MODEL) -> Pricer:
+    return Pricer(load_model(model), PublishedData())
+
+
+def point(gpu: str = "h100", parallel: str = "tp2", batch: float = 16, **more: object) -> Point:
+    values: dict[str, object] = {
+        "gpu": get_gpu(gpu), "stack": "vllm", "price": BOOK.look_up(gpu), "precision": get_precision("bf16"),
+        "parallel": Parallel.parse(parallel), "batch_per_gpu": batch,
+    }  # fmt: skip
+    return Point(**(values | more))  # type: ignore[arg-type]
+
+
+H200 = point(
+    "h200", "dp8-ep8", 64, stack="sglang", precision=get_precision("fp8"),
+    price=BOOK.look_up("h200", "own_hyperscaler", "2026-02"),
+)  # fmt: skip
+GB300 = point(
+    "gb300", "dp8-ep8-ag", 256, stack="trtllm", precision=get_precision("nvfp4"), drafts=1, acceptance_length=1.8,
+    price=BOOK.look_up("gb300", "own_hyperscaler", "2026-02"),
+)  # fmt: skip
+"""DeepSeek-R1's two ends, unlike in everything but the context."""
+
+points = st.builds(
+    lambda gpu, parallel, batch, stack, precision, price, context, drafts, kept, load: point(
+        gpu, parallel, batch, stack=stack, precision=get_precision(precision), price=stated_price(gpu, price),
+        context=context, drafts=drafts, acceptance_length=1 + drafts * kept, load=load,
+    ),
+    st.sampled_from(["h100", "h200", "b200"]), st.sampled_from(["tp1", "tp2", "tp4-ep4", "dp2-ep2", "dp4-ep4-ag"]),
+    st.sampled_from([1, 8, 24, 40]), st.sampled_from(["vllm", "sglang", "trtllm"]), st.sampled_from(["bf16", "fp8"]),
+    st.floats(0.1, 10), st.sampled_from([1024, 3000, 4096]), st.integers(0, 3), st.floats(0, 1),
+    st.sampled_from(["balanced", "power_law_1.2"]),
+)  # fmt: skip
+
+
+def usd_by_hand(at: Point, model: str = MODEL) -> float:
+    """$/M straight from the step's ops, by the plain formula."""
+    data, split = pricer(model).data, at.parallel
+    deployment = Deployment(
+        split.gpus, split.attention_tp, split.expert_parallel, at.precision, at.batch_per_gpu, at.context,
+        1 + at.drafts, at.acceptance_length, load=at.load, exchange="all_gather" if split.all_gather else "all_to_all",
+    )  # fmt: skip
+    step = published_step(data, load_model(model), at.gpu, data.stack(at.gpu, at.stack), deployment)
+    per_s = at.batch_per_gpu * at.acceptance_length / sum(op.time_s for op in step.ops)
+    return at.price.usd_per_gpu_hour / (per_s * 3600) * 1e6
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(points, points, st.randoms(use_true_random=False))
+def test_factors_multiply_to_the_total_in_any_order(start: Point, end: Point, random: object) -> None:
+    order = [(group,) for group in changed_groups(start, end)]
+    random.shuffle(order)  # type: ignore[attr-defined]
+    found = waterfall(pricer(), start, end, order)
+    assert found.product == pytest.approx(found.total, rel=1e-9)
+    assert found.total == pytest.approx(usd_by_hand(end) / usd_by_hand(start), rel=1e-9)
+    assert found.end.point == end
+    assert set(found.unchanged) | {group for step in order for group in step} == set(GROUPS)
+    at, usd = start, found.start.usd_per_mtok
+    for step, after in zip(order, found.points, strict=True):
+        at = replace(at, **{name: getattr(end, name) for name in GROUPS[step[0]]})
+        assert after.point == at
+        own = [f for f in found.factors if f.name == step[0] or (step[0] == "gpu" and f.name.startswith("gpu: "))]
+        assert len(own) == (4 if step[0] == "gpu" else 1)
+        assert own[0].usd_before == usd
+        assert math.prod(f.factor for f in own) == pytest.approx(usd_by_hand(at) / usd, rel=1e-9)
+        usd = own[-1].usd_after
+    json.dumps(waterfall_document(found, all_orders(pricer(), found)), allow_nan=False)
+
+
+@settings(max_examples=30, deadline=None)
+@given(points, st.floats(0.01, 100))
+def test_a_price_is_exactly_its_ratio(start: Point, usd: float) -> None:
+    end = replace(start, price=stated_price(start.gpu.name, usd))
+    found = ordered_waterfall(pricer(), start, end)
+    assert found.total == pytest.approx(usd / start.price.usd_per_gpu_hour, rel=1e-14)
+    assert [factor.name for factor in found.factors] == ([] if end == start else ["price"])
+
+
+def test_what_changes_nothing_is_exactly_one() -> None:
+    start = point()
+    same = ordered_waterfall(pricer(), start, start)
+    assert same.factors == ()
+    assert same.total == same.product == 1.0
+    version = pricer().data.stack(get_gpu("h100"), "vllm").version
+    other_name = replace(
+        start, stack=f"vllm@{version}", price=replace(start.price, tier="own_neocloud"), batch_per_gpu=24
+    )
+    found = ordered_waterfall(pricer(), start, other_name)
+    assert {f.name: f.factor for f in found.factors} | {"batch": 1.0} == {"price": 1.0, "stack": 1.0, "batch": 1.0}
+    assert found.total != 1.0
+
+
+def floor_by_hand(op: Op, gpu: Gpu, parts: tuple[Op, ...] = ()) -> float:
+    if parts:
+        return sum(floor_by_hand(part, gpu) for part in parts)
+    times = [op.bytes / gpu.memory_bytes_per_s, op.link_s(gpu)]
+    if op.flops:
+        times.append(op.flops / getattr(gpu, f"{op.rate}_flops_per_s"))
+    return max(times)
+
+
+def test_the_gpu_is_split_by_the_roofline() -> None:
+    start = replace(H200, batch_per_gpu=96)
+    end = replace(start, gpu=GB300.gpu)
+    found = ordered_waterfall(pricer("deepseek-r1"), start, end)
+    assert [f.name for f in found.factors] == [f"gpu: {name}" for name in SPLIT]
+    assert [f.modelled for f in found.factors] == [True, True, True, False]
+    old, new = start.gpu, end.gpu
+    bandwidth = replace(old, memory_bytes_per_s=new.memory_bytes_per_s)
+    compute = replace(
+        bandwidth, bf16_flops_per_s=new.bf16_flops_per_s, fp8_flops_per_s=new.fp8_flops_per_s,
+        fp4_flops_per_s=new.fp4_flops_per_s,
+    )  # fmt: skip
+    step = found.start.step
+    times = [
+        sum(
+            op.time_s * floor_by_hand(op.call.op, gpu) / floor_by_hand(op.call.op, old) for op in step.ops
+        ) for gpu in (old, bandwidth, compute, new)
+    ]  # fmt: skip
+    assert times[0] == pytest.approx(step.step_s)
+    ratios = [after / before for before, after in itertools.pairwise(times)]
+    assert [f.factor for f in found.factors[:3]] == pytest.approx(ratios, rel=1e-12)
+    assert all(ratio < 0.99 for ratio in ratios)
+    assert found.factors[3].factor == pytest.approx(found.end.step.step_s / times[3], rel=1e-12)
+
+
+def brute_force(start: Point, end: Point, groups: tuple[str, ...]) -> tuple[int, dict[str, list[float]]]:
+    """Every order walked on its own: the factors of each change in those that can be."""
+    factors: dict[str, list[float]] = {group: [] for group in groups}
+    possible = 0
+    for order in itertools.permutations(groups):
+        try:
+            found = waterfall(pricer("deepseek-r1"), start, end, [(group,) for group in order])
+        except Impossible:
+            continue
+        possible += 1
+        usd = [found.start.usd_per_mtok, *(each.usd_per_mtok for each in found.points)]
+        for index, group in enumerate(order):
+            factors[group].append(usd[index + 1] / usd[index])
+    return possible, factors
+
+
+@pytest.mark.parametrize("groups", [("gpu", "precision", "batch"), ("price", "gpu", "stack", "precision", "batch")])
+def test_mean_over_orders_against_walking_each(groups: tuple[str, ...]) -> None:
+    end = replace(H200, **{name: getattr(GB300, name) for group in groups for name in GROUPS[group]})
+    possible, factors = brute_force(H200, end, groups)
+    found = ordered_waterfall(pricer("deepseek-r1"), H200, end)
+    orders = all_orders(pricer("deepseek-r1"), found)
+    assert 0 < possible < math.factorial(len(groups))  # FP4 before the GPU cannot be
+    assert (orders.possible, orders.all) == (possible, math.factorial(len(groups)))
+    assert orders.points + len(orders.impossible) == 2 ** len(groups)
+    assert all("h200 has no FP4 matrix units" in why or "GiB more than" in why for why in orders.impossible)
+    for each in orders.softness:
+        walked = factors[each.name]
+        assert each.average == pytest.approx(math.exp(sum(map(math.log, walked)) / possible), rel=1e-9)
+        assert (each.least, each.most) == pytest.approx((min(walked), max(walked)), rel=1e-12)
+        assert each.least <= each.shown <= each.most
+    assert math.prod(each.average for each in orders.softness) == pytest.approx(found.total, rel=1e-9)
+
+
+def test_the_way_back_puts_precision_before_the_gpu() -> None:
+    found = ordered_waterfall(pricer("deepseek-r1"), GB300, H200)
+    order = [name for step in found.order for name in step]
+    assert order.index("precision") < order.index("gpu")
+    there = ordered_waterfall(pricer("deepseek-r1"), H200, GB300)
+    assert found.total * there.total == pytest.approx(1, rel=1e-12)
+    assert [name for step in there.order for name in step] == [name for name in GROUPS if name != "context"]
+
+
+def test_an_order_that_cannot_be_names_one_that_can() -> None:
+    with pytest.raises(Impossible) as caught:
+        ordered_waterfall(pricer("deepseek-r1"), H200, GB300, "price,precision,gpu")
+    message = str(caught.value)
+    assert "order: precision: precision: nvfp4 is nvfp4 x nvfp4; h200 has no FP4 matrix units" in message
+    works = message.rsplit("can be: ", 1)[1]
+    found = ordered_waterfall(pricer("deepseek-r1"), H200, GB300, works)
+    assert order_text(found.order) == works
+
+
+def test_changes_that_can_only_be_made_at_once() -> None:
+    """One sequence on eight GPUs is no whole number of dp8's; 192 with the KV heads doubled do not fit tp8."""
+    start, end = (
+        point(parallel=parallel, batch=batch, context=24576) for parallel, batch in (("tp8", 0.125), ("dp8-ep8", 24))
+    )
+    assert changed_groups(start, end) == ("parallel", "batch")
+    assert possible_order(pricer(), start, end, (("parallel",), ("batch",))) is None
+    with pytest.raises(Impossible, match=r"no order of parallel,batch can be; .* --order parallel\+batch$"):
+        ordered_waterfall(pricer(), start, end)
+    together = ordered_waterfall(pricer(), start, end, "parallel+batch")
+    assert [factor.name for factor in together.factors] == ["parallel+batch"]
+    assert together.factors[0].change_from == "tp8 (8 GPUs); 0.125 sequences/GPU"
+    assert together.total == pytest.approx(usd_by_hand(end) / usd_by_hand(start), rel=1e-12)
+    longer = replace(end, context=8192)  # here the batch fits tp8 before the split, at the shorter context
+    found = ordered_waterfall(pricer(), start, longer)
+    assert order_text(found.order) == "context,batch,parallel" or order_text(found.order) == "batch,context,parallel"
+    with pytest.raises(Impossible, match="batch_per_gpu: expected a whole number of sequences"):
+        ordered_waterfall(pricer(), start, replace(end, batch_per_gpu=0.5))  # an end that cannot be
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("price,speed", "order: expected some of price, gpu, .*; got 'speed'"),
+        ("gpu,stack", "order: expected what changes .*; got 'stack'"),
+        ("gpu,price,gpu", "order: expected every name once; got 'gpu' twice"),
+        ("gpu,,price", "order: expected some of .*; got ''"),
+    ],
+)
+def test_orders_that_are_none(text: str, message: str) -> None:
+    end = replace(point(), gpu=get_gpu("h200"), price=BOOK.look_up("h200"))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        parse_order(text, point(), end)
+    with pytest.raises(ValueError, match="order: expected each of price, gpu once; got gpu"):
+        waterfall(pricer(), point(), end, [("gpu",)])
+    assert parse_order("gpu", point(), end) == (("gpu",), ("price",))
+    assert parse_order(None, point(), end) == (("price",), ("gpu",))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"drafts": -1}, "drafts: expected a whole number of 0 or more; got -1"),
+        ({"drafts": 1.5}, "drafts: expected a whole number of 0 or more; got 1.5"),
+        ({"drafts": 1, "acceptance_length": 2.5}, r"acceptance_length: expected 1 to 2 \(1 \+ drafts\); got 2.5"),
+        ({"drafts": 1, "acceptance_length": 0.9}, "acceptance_length: expected 1 to 2"),
+        ({"acceptance_length": math.nan}, "acceptance_length: expected 1 to 1"),
+        ({"acceptance_length": 1.5}, "acceptance_length: expected 1 to 1"),
+    ],
+)
+def test_points_that_cannot_be(values: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        replace(point(), **values)
+
+
+def test_provenance_order_and_operating_points_are_shown() -> None:
+    found = ordered_waterfall(pricer("deepseek-r1"), H200, GB300)
+    orders = all_orders(pricer("deepseek-r1"), found)
+    for factor, after in zip(found.factors[4:], found.points[1:], strict=False):
+        assert factor.coverage_after == after.coverage()
+    assert found.factors[0].coverage_before == found.start.coverage() == pytest.approx(found.start.step.coverage())
+    lines = "\n".join(waterfall_lines(found, orders, (), (20.0, 40.0)))
+    for part in (
+        "from: deepseek-r1 on H200 SXM, sglang 0.5.14, fp8 (KV fp8), 8 GPUs, attention DP8, EP8, all-to-all, 64 "
+        "sequences/GPU x 4096 tokens, no drafts, balanced load",
+        "attention DP8, EP8, all-gather, 256 sequences/GPU x 4096 tokens, 1 drafts, 1.8 kept/step",
+        "from the cheapest at >= 20 tokens/s/user, to the cheapest at >= 40 tokens/s/user",
+        "price $2.652/GPU-h: own_hyperscaler, 2026-02-01: SemiAnalysis InferenceX",
+        "placeholder in the source",
+        "times cheaper, at these two operating points",
+        "order: price,gpu,stack,precision,parallel,drafts,batch",
+        "the same at both ends: context 4096 tokens, balanced load",
+        "the draft model's own time",
+    ):  # fmt: skip
+        assert part in lines
+    assert waterfall_table(found, orders).row_count == len(found.factors) + 1  # the GPU's four once more, together
+    document = waterfall_document(found, orders, (), (20.0, None))
+    assert math.prod(row["ratio"] for row in document["factors"]) == pytest.approx(document["ratio"], rel=1e-9)
+    assert document["factors"][-1]["cumulative"] == pytest.approx(document["ratio"], rel=1e-9)
+    assert document["times_cheaper"] * document["ratio"] == pytest.approx(1)
+    assert document["from_min_tokens_per_s_per_user"] == 20.0
+    assert document["to_min_tokens_per_s_per_user"] is None
