@@ -25,6 +25,7 @@ from .commands.options import (
     stack_option,
     stacks_option,
 )  # fmt: skip
+from .commands.request import request
 from .commands.shared import Group, comma, json_option, path_type, price_file_option, price_options, print_json, show
 from .commands.tco import interval, sensitivity, tco
 from .commands.tune import tune
@@ -66,6 +67,7 @@ cli.add_command(speculate)
 cli.add_command(tco)
 cli.add_command(explain)
 cli.add_command(interval)
+cli.add_command(request)
 cli.add_command(sensitivity)
 
 

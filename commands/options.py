@@ -24,10 +24,11 @@ records_option = click.option(
 data_option = click.option(
     "--published-data", type=path_type, metavar="DIR", help="Tables from this aiconfigurator checkout, not the package."
 )
-model_options = combined(
+_precision_options = combined(
     click.option("--precision", help="See `tokenfab models --precisions`; the checkpoint's own by default."),
     click.option("--kv-format", help="Format of the KV cache, instead of the precision's: bf16 or fp8."),
-    click.option("--context", type=int, default=4096, show_default=True, help="Cached tokens per sequence."),
+)
+_step_options = combined(
     click.option(
         "--load", default="balanced", show_default=True, help="Expert load: balanced, power_law_1.01 or power_law_1.2."
     ),
@@ -36,3 +37,10 @@ model_options = combined(
     ),
     click.option("--kept-tokens", type=float, default=1.0, show_default=True, help="Of those kept: acceptance length."),
 )
+model_options = combined(
+    _precision_options,
+    click.option("--context", type=int, default=4096, show_default=True, help="Cached tokens per sequence."),
+    _step_options,
+)
+request_options = combined(_precision_options, _step_options)
+"""Those of ``model_options`` but for the context, which is that of a request."""
