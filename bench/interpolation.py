@@ -45,6 +45,24 @@ class Grid:
         """Whether every cell has a row."""
         return bool(np.isfinite(self.time_s).all())
 
+    @cached_property
+    def neighbours(self) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """For each axis, by the cells of the axes before it: the next index at or above each that has rows, and the
+        next below; -1 where there is none. One index more than the axis has: above its end."""
+        found = []
+        for depth in range(self.time_s.ndim):
+            has_rows = np.isfinite(self.time_s).any(axis=tuple(range(depth + 1, self.time_s.ndim)))
+            length = self.time_s.shape[depth]
+            places = np.arange(length)
+            above = np.where(has_rows, places, length)
+            above = np.minimum.accumulate(above[..., ::-1], axis=-1)[..., ::-1]
+            below = np.maximum.accumulate(np.where(has_rows, places, -1), axis=-1)
+            end = np.full((*has_rows.shape[:-1], 1), -1)
+            found.append(
+                (np.concatenate([np.where(above == length, -1, above), end], -1), np.concatenate([end, below], -1))
+            )
+        return tuple(found)
+
     @classmethod
     def from_rows(cls, columns: Sequence[np.ndarray], time_s: np.ndarray, kernel: np.ndarray) -> Grid:
         """A grid of rows; of several at one place (different kernels) the fastest."""
@@ -105,6 +123,58 @@ def look_up(grid: Grid, at: tuple[float, ...], floor: Floor, names: Sequence[str
         f"{name}={value:g}" for name, value, wanted in zip(names, anchor, at, strict=True) if value != wanted
     )
     return Answer(time_s * floor(at) / floor(anchor), "beyond", kernel, f"efficiency of the last row ({place}) held")
+
+
+EXACT, BETWEEN, BEYOND = range(3)
+"""Codes of ``look_up_many`` for ``Answer.how``."""
+
+Arrays = tuple[np.ndarray, ...]
+
+
+def look_up_many(grid: Grid, at: Arrays, floor: Callable[[Arrays], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The times and codes at many places, as ``look_up`` gives them one by one; NaN in a table's holes, which it fills.
+
+    ``floor`` takes and gives arrays.
+    """
+    inside = tuple(np.clip(value, axis[0], axis[-1]) for value, axis in zip(at, grid.axes, strict=True))
+    time_s = _between_many(grid, inside, floor, ())
+    is_found = np.isfinite(time_s)
+    is_inside = np.logical_and.reduce([value == wanted for value, wanted in zip(inside, at, strict=True)])
+    cells = tuple(np.searchsorted(axis, value) for axis, value in zip(grid.axes, inside, strict=True))
+    on_axes = [axis[cell] == value for axis, cell, value in zip(grid.axes, cells, at, strict=True)]
+    on_rows = np.logical_and.reduce(on_axes) & np.isfinite(grid.time_s[cells])
+    codes = np.where(is_inside & is_found, np.where(on_rows, EXACT, BETWEEN), BEYOND)
+    if not is_inside.all():
+        beyond = time_s * floor(at) / floor(inside)
+        time_s = np.where(is_inside, time_s, beyond)
+    return time_s, codes
+
+
+def _between_many(grid: Grid, at: Arrays, floor: Callable[[Arrays], np.ndarray], cell: Arrays) -> np.ndarray:
+    """``_between`` at many places; ``cell``: their indices on the axes before."""
+    depth = len(cell)
+    if depth == len(grid.axes):
+        return grid.time_s[cell]
+    axis, value = grid.axes[depth], at[depth]
+    index = np.searchsorted(axis, value)
+    up, down = grid.neighbours[depth]
+    above, below = up[(*cell, index)], down[(*cell, index)]
+    high = _between_many(grid, at, floor, (*cell, above))
+    is_row = axis[above] == value
+    is_lost = (above < 0) | (~is_row & (below < 0))
+    if not is_row.all():
+        low = _between_many(grid, at, floor, (*cell, below))
+        low_at, high_at = axis[below].astype(float), axis[above].astype(float)
+        before = tuple(grid.axes[position][rows] for position, rows in enumerate(cell))
+        after = at[depth + 1 :]
+        floor_low, floor_high, floor_at = (floor((*before, place, *after)) for place in (low_at, high_at, value))
+        step = floor_high - floor_low
+        is_flat = np.abs(step) <= FLAT_FLOOR * floor_low
+        with np.errstate(divide="ignore", invalid="ignore"):
+            by_coordinate = np.log(value / low_at) / np.log(high_at / low_at)
+            upper = np.where(is_flat, by_coordinate, (floor_at - floor_low) / np.where(is_flat, 1, step))
+            high = np.where(is_row, high, low + (high - low) * upper)
+    return np.where(is_lost, np.nan, high)
 
 
 def _between(grid: Grid, at: tuple[float, ...], floor: Floor, cell: tuple[int, ...]) -> float:

@@ -5,6 +5,8 @@ each result once), ``flops`` the multiply-adds times two, ``link_bytes`` what on
 others. ``floor_s(gpu)`` is the roofline: the slowest of the three at the GPU's datasheet peak. A
 measured time below it means that operands stayed in L2.
 
+Sizes may be NumPy arrays too: then every figure is an array, one value per size (``step_table``).
+
 Units: bytes, flops and seconds for one call on one GPU.
 """
 
@@ -12,12 +14,38 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..kernels.formats import get_format, matrix_rate
 from .gpus import Gpu
 
 _BF16_BYTES = 2.0
+
+
+def _largest(*values: Any) -> Any:
+    """``max`` of numbers; value by value where any is an array."""
+    if not any(hasattr(value, "shape") for value in values):
+        return max(values)
+    import numpy as np
+
+    return np.maximum.reduce(np.broadcast_arrays(*values))
+
+
+def _smallest(*values: Any) -> Any:
+    """``min`` of numbers; value by value where any is an array."""
+    if not any(hasattr(value, "shape") for value in values):
+        return min(values)
+    import numpy as np
+
+    return np.minimum.reduce(np.broadcast_arrays(*values))
+
+
+def _expm1(value: Any) -> Any:
+    if not hasattr(value, "shape"):
+        return math.expm1(value)
+    import numpy as np
+
+    return np.expm1(value)
 
 
 @dataclass(frozen=True)
@@ -46,8 +74,9 @@ class Op:
     def floor_s(self, gpu: Gpu) -> float:
         """Roofline: max(bytes / bandwidth, flops / matrix peak, bytes sent / link)."""
         flops = self.flops
-        matrix_s = flops / gpu.matrix_flops_per_s(self.rate) if flops else 0.0
-        return max(self.bytes / gpu.memory_bytes_per_s, matrix_s, self.link_s(gpu))
+        has_none = isinstance(flops, float) and not flops
+        matrix_s = 0.0 if has_none else flops / gpu.matrix_flops_per_s(self.rate)
+        return _largest(self.bytes / gpu.memory_bytes_per_s, matrix_s, self.link_s(gpu))
 
     def shape(self) -> str:
         """The shape for a reader."""
@@ -144,13 +173,13 @@ class Experts(Op):
     def touched_experts(self) -> float:
         held = self.num_experts / self.ep
         if self.load == "balanced" or self.num_experts == 1:
-            return min(held, self.rows)
-        return held * -math.expm1(self.num_tokens * self.top_k * math.log1p(-1 / self.num_experts))
+            return _smallest(held, self.rows)
+        return held * -_expm1(self.num_tokens * self.top_k * math.log1p(-1 / self.num_experts))
 
     @property
     def bytes(self) -> float:
         weights = self.touched_experts * 3 * self.hidden * self.inter / self.tp
-        read_once = min(self.num_tokens, self.rows) * self.hidden
+        read_once = _smallest(self.num_tokens, self.rows) * self.hidden
         activation = get_format(self.activation).bytes_per_value + _BF16_BYTES
         return weights * get_format(self.weight).bytes_per_value + read_once * activation
 
@@ -187,7 +216,7 @@ class PagedAttention(Op):
     @property
     def kv_tokens(self) -> int:
         """Cached tokens read per sequence."""
-        return self.length if self.window is None else min(self.length, self.window)
+        return self.length if self.window is None else _smallest(self.length, self.window)
 
     @property
     def bytes(self) -> float:
@@ -227,7 +256,7 @@ class MlaAttention(Op):
 
     @property
     def kv_tokens(self) -> int:
-        return self.length if self.top_k is None else min(self.length, self.top_k)
+        return self.length if self.top_k is None else _smallest(self.length, self.top_k)
 
     @property
     def bytes(self) -> float:
@@ -356,7 +385,7 @@ class ExpertAllToAll(Op):
         inside = min(self.ep, gpu.scale_up_gpus)
         up = self.sent_bytes * (inside - 1) / self.ep / gpu.link_bytes_per_s
         out = self.sent_bytes * (self.ep - inside) / self.ep / gpu.scale_out_bytes_per_s
-        return max(up, out)
+        return _largest(up, out)
 
     def shape(self) -> str:
         return f"{self.num_tokens} tokens x {self.hidden}, top-{self.top_k}, ep {self.ep}, {self.payload}"

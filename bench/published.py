@@ -79,13 +79,17 @@ class Stack:
         return PUBLISHED_PROVENANCES
 
 
+def model_overhead_s(op: Op) -> float:
+    """What the model adds to the roofline: per kernel, or per collective."""
+    kernels = len(op.parts) if isinstance(op, Module) else 1
+    return kernels * (MODEL_LINK_OVERHEAD_S if isinstance(op, Collective | ExpertAllToAll) else MODEL_OVERHEAD_S)
+
+
 def model_timing(op: Op, gpu: Gpu, why: str) -> Timing:
     """The roofline at the stated efficiency, for an op no table answers."""
-    kernels = len(op.parts) if isinstance(op, Module) else 1
-    overhead = MODEL_LINK_OVERHEAD_S if isinstance(op, Collective | ExpertAllToAll) else MODEL_OVERHEAD_S
-    time_s = op.floor_s(gpu) / MODEL_EFFICIENCY + kernels * overhead
-    made = f"roofline / {MODEL_EFFICIENCY:g} + {kernels * overhead * 1e6:g} us"
-    return Timing(time_s, MODELLED, f"{made} ({why})")
+    overhead_s = model_overhead_s(op)
+    made = f"roofline / {MODEL_EFFICIENCY:g} + {overhead_s * 1e6:g} us"
+    return Timing(op.floor_s(gpu) / MODEL_EFFICIENCY + overhead_s, MODELLED, f"{made} ({why})")
 
 
 class _Rows:
@@ -94,6 +98,7 @@ class _Rows:
     def __init__(self, path: Path, table: Table) -> None:
         self.path, self.table = path, table
         self._grids: dict[tuple[Any, ...], Grid] = {}
+        self._shapes: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
         self._load()
 
     def _load(self) -> None:
@@ -159,6 +164,17 @@ class _Rows:
         grid = Grid.from_rows([axis[rows] for axis in self._axes], self._time_s[rows], self._kernel[rows])
         self._grids[key] = grid
         return grid
+
+    def nearest(self, query: Query) -> tuple[Any, ...] | None:
+        """The shape with rows nearest to the query's, in log coordinates; None where its exact columns have none."""
+        fixed = len(query.exact)
+        if query.exact not in self._shapes:
+            self._shapes[query.exact] = [key[fixed:] for key in self.keys if key[:fixed] == query.exact]
+        shapes = self._shapes[query.exact]
+        if not shapes:
+            return None
+        logs = np.abs(np.log(np.array(shapes, dtype=float) / np.array(query.near, dtype=float))).sum(axis=1)
+        return shapes[int(np.argmin(logs))]
 
     @property
     def num_rows(self) -> int:
@@ -341,14 +357,11 @@ class PublishedData:
         """
         if not query.near or query.plus is not None or isinstance(op, Module):
             return None
-        fixed = len(query.exact)
         for version, path in self.files(gpu, stack, query.table):
             rows = self.rows(path, query.table)
-            shapes = [key[fixed:] for key in rows.keys if key[:fixed] == query.exact]
-            if not shapes:
+            near = rows.nearest(query)
+            if near is None:
                 continue
-            logs = np.abs(np.log(np.array(shapes, dtype=float) / np.array(query.near, dtype=float))).sum(axis=1)
-            near = shapes[int(np.argmin(logs))]
             grid = rows.grid((*query.exact, *near))
             assert grid is not None
             found = look_up(

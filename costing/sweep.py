@@ -1,20 +1,31 @@
-"""Many deployments priced at once: GPUs x stacks x parallelisms x batches, and the best of them."""
+"""Many deployments priced at once: GPUs x stacks x parallelisms x batches, and the best of them.
+
+Splits and batches are planned once for all GPUs and published stacks, and timed together (``bench.step_table``): a
+point's totals are those of ``step_time`` to rounding, its ops come when asked for. What does not divide, has no matrix
+units or does not fit is left out before it is timed.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from ..bench.deployment import Deployment, Precision, check_divides, check_precision
 from ..bench.gpus import Gpu
 from ..bench.memory import largest_batch
 from ..bench.model_config import ModelConfig
 from ..bench.published import PublishedData
-from ..bench.recorded import NoRecords, RecordedData, find_stack
-from ..bench.step_time import step_time
+from ..bench.recorded import NoRecords, RecordedData, RecordedStack, find_stack
+from ..bench.step_time import StepTime, step_time
 from .cost import StepCost
 from .prices import Price
+
+if TYPE_CHECKING:
+    from ..bench.published import Stack
+    from ..bench.step_table import StepTable
 
 DEFAULT_PARALLEL = (
     *("tp1", "tp2", "tp4", "tp8", "tp4-ep4", "tp8-ep8"),
@@ -142,6 +153,7 @@ def run_sweep(
     recorded = recorded or RecordedData()
     points: list[StepCost] = []
     skipped: list[Skipped] = []
+    plans = _Plans(sweep)
     for gpu in sweep.gpus:
         gpu_price = price(gpu)
         for spec in sweep.stacks:
@@ -150,34 +162,101 @@ def run_sweep(
             except NoRecords as error:
                 skipped.append(Skipped(gpu.name, spec, "all", str(error)))
                 continue
+            steps = plans.timed(data, gpu, stack)
             for parallel in sweep.parallels:
                 advance(f"{gpu.name} {stack.name} {parallel}")
-                try:
-                    deployments = _deployments(sweep, gpu, parallel)
-                except ValueError as error:
-                    skipped.append(Skipped(gpu.name, spec, str(parallel), str(error)))
+                found = plans.fitting(gpu, parallel)
+                if isinstance(found, str):
+                    skipped.append(Skipped(gpu.name, spec, str(parallel), found))
                     continue
-                steps = (step_time(data, sweep.model, gpu, stack, d, check_memory=False) for d in deployments)
-                points += [StepCost(step, gpu_price) for step in steps]
+                points += [StepCost(steps(parallel, deployment), gpu_price) for deployment in found]
     return SweepResult(points, skipped)
 
 
-def _deployments(sweep: Sweep, gpu: Gpu, parallel: Parallel) -> list[Deployment]:
-    """The batches that fit, smallest first."""
-    one = sweep.deployment(parallel, 1 / parallel.attention_tp)
-    check_divides(sweep.model, one)
-    check_precision(gpu, sweep.precision)
-    most = largest_batch(sweep.model, gpu, one)
-    if sweep.batches is None:
-        sequences = [2**power for power in range(0, 10) if 2**power <= most]
-    else:
-        sequences = [size for size in (batch * parallel.attention_tp for batch in sweep.batches) if size <= most]
-    if not sequences:
-        raise ValueError(
-            f"memory: no batch fits: {sweep.model.name} in {sweep.precision.name} at {sweep.context} tokens on "
-            f"{parallel.gpus} x {gpu.name} holds {most} sequences per attention group"
-        )
-    return [replace(one, batch_per_gpu=size / parallel.attention_tp) for size in sequences]
+class _Plans:
+    """The deployments of a sweep: which fit on a GPU, and their steps, planned once for all GPUs and stacks."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self._fitting: dict[tuple[Gpu, Parallel], list[Deployment] | str] = {}
+        self._deployments: dict[tuple[Parallel, float], Deployment] = {}
+
+    def fitting(self, gpu: Gpu, parallel: Parallel) -> list[Deployment] | str:
+        """The batches that fit, smallest first; or why none does: a split that does not divide, a precision the GPU
+        lacks, memory."""
+        key = (gpu, parallel)
+        if key not in self._fitting:
+            try:
+                self._fitting[key] = self._find(gpu, parallel)
+            except ValueError as error:
+                self._fitting[key] = str(error)
+        return self._fitting[key]
+
+    def _find(self, gpu: Gpu, parallel: Parallel) -> list[Deployment]:
+        sweep = self.sweep
+        one = sweep.deployment(parallel, 1 / parallel.attention_tp)
+        check_divides(sweep.model, one)
+        check_precision(gpu, sweep.precision)
+        most = largest_batch(sweep.model, gpu, one)
+        sequences = [size for size in self._sizes(parallel) if size <= most]
+        if not sequences:
+            raise ValueError(
+                f"memory: no batch fits: {sweep.model.name} in {sweep.precision.name} at {sweep.context} tokens on "
+                f"{parallel.gpus} x {gpu.name} holds {most} sequences per attention group"
+            )
+        return [self._deployment(parallel, one, size) for size in sequences]
+
+    def _sizes(self, parallel: Parallel) -> list[float]:
+        """Sequences per attention group, fitting or not."""
+        if self.sweep.batches is None:
+            return [2**power for power in range(10)]
+        return [batch * parallel.attention_tp for batch in self.sweep.batches]
+
+    def _deployment(self, parallel: Parallel, one: Deployment, size: float) -> Deployment:
+        key = (parallel, size)
+        if key not in self._deployments:
+            self._deployments[key] = replace(one, batch_per_gpu=size / parallel.attention_tp)
+        return self._deployments[key]
+
+    @cached_property
+    def _table(self) -> tuple[StepTable, dict[Parallel, dict[int, int]]] | None:
+        """Every split and batch that fits on any of the GPUs, and where in the table each is; None without any."""
+        from ..bench.step_table import StepTable
+
+        sizes: dict[Parallel, dict[int, Deployment]] = {}
+        for gpu in self.sweep.gpus:
+            for parallel in self.sweep.parallels:
+                found = self.fitting(gpu, parallel)
+                if not isinstance(found, str):
+                    sizes.setdefault(parallel, {}).update((each.sequences, each) for each in found)
+        if not sizes:
+            return None
+        ones = [next(iter(found.values())) for found in sizes.values()]
+        table = StepTable(self.sweep.model, ones, [list(found) for found in sizes.values()])
+        places = {
+            parallel: {sequences: start + offset for offset, sequences in enumerate(found)}
+            for start, (parallel, found) in zip(table.starts, sizes.items(), strict=False)
+        }
+        return table, places
+
+    def timed(self, data: PublishedData, gpu: Gpu, stack: Stack) -> Callable[[Parallel, Deployment], StepTime]:
+        """A function that gives the step of one deployment."""
+        model = self.sweep.model
+        fits = any(not isinstance(self.fitting(gpu, parallel), str) for parallel in self.sweep.parallels)
+        if isinstance(stack, RecordedStack) or not fits or self._table is None:
+            return lambda _, deployment: step_time(data, model, gpu, stack, deployment, check_memory=False)
+        from ..bench.step_table import SummedStep
+
+        table, places = self._table
+        totals = table.totals(data, gpu, stack)
+        step_s, floor_s, shares = totals.step_s.tolist(), totals.floor_s.tolist(), totals.shares.T.tolist()
+
+        def step(parallel: Parallel, deployment: Deployment) -> StepTime:
+            place = places[parallel][deployment.sequences]
+            known = (step_s[place], floor_s[place], tuple(shares[place]))
+            return SummedStep(model, gpu, stack, deployment, data=data, totals=known)
+
+        return step
 
 
 def best_points(
