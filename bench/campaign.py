@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .device import Device, DeviceProperties, MethodUnavailable
-from .gpus import GPUS, Gpu, get_gpu
+from .gpus import DEVICE_NAMES, GPUS, Gpu, get_gpu
 from .measurement import Settings
 from .peers import absence
 from .record import Point, Record, environment
@@ -15,21 +15,6 @@ from .records import RecordStore
 from .summaries import kernel_hash
 from .targets import Target
 from .timing import measure
-
-DEVICE_NAMES = {
-    "NVIDIA A100-SXM4-80GB": "a100",
-    "NVIDIA B200": "b200",
-    "NVIDIA GB200": "gb200",
-    "NVIDIA GeForce RTX 5090": "rtx_5090",
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H100 PCIe": "h100_pcie",
-    "NVIDIA H20": "h20",
-    "NVIDIA H200": "h200",
-    "NVIDIA H800": "h800",
-    "NVIDIA L40S": "l40s",
-    "NVIDIA RTX PRO 6000 Blackwell Server Edition": "rtx_pro_6000",
-}
-"""Names as the driver gives them, exactly."""
 
 
 def gpu_of(properties: DeviceProperties, name: str | None = None) -> Gpu:

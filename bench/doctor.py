@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.registry import KERNELS
-from .campaign import DEVICE_NAMES
 from .device import THROTTLE_MASK, THROTTLES, DeviceProperties
-from .gpus import GPUS
+from .gpus import DEVICE_NAMES, GPUS
 from .peers import PEERS, absence
 from .record import environment
 

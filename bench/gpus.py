@@ -121,6 +121,21 @@ _ROWS = (
 GPUS: dict[str, Gpu] = {row.name: row for row in _ROWS}
 _BY_ALIAS = {alias: row for row in _ROWS for alias in (row.name, *row.aliases)}
 
+DEVICE_NAMES = {
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA B200": "b200",
+    "NVIDIA GB200": "gb200",
+    "NVIDIA GeForce RTX 5090": "rtx_5090",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H100 PCIe": "h100_pcie",
+    "NVIDIA H20": "h20",
+    "NVIDIA H200": "h200",
+    "NVIDIA H800": "h800",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA RTX PRO 6000 Blackwell Server Edition": "rtx_pro_6000",
+}
+"""Names as the driver gives them, exactly."""
+
 
 def get_gpu(name: str) -> Gpu:
     """The GPU with exactly this name or alias (case-insensitive).
