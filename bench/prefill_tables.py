@@ -79,6 +79,7 @@ PREFILL_TABLES = (
 DEEPEP_SMS = 20
 
 ABSORBED = "an upper estimate: the row ran absorbed attention"
+FP8_CACHE = "the row appended to an FP8 cache"
 ALL_EXPERTS = "the row ran as many token-expert pairs on one GPU with all experts"
 
 
@@ -122,7 +123,7 @@ def _module(op: ContextModule, gpu: Gpu, stack: str) -> list[Query]:
         exact = ("dsa_context_module", 0, "deepseek-ai/DeepSeek-V3.2", gemm, kv)
         return [Query(DSA_CONTEXT_MODULE, exact, near, axes, at)]
     if stack == "sglang":
-        return [Query(WIDE_EP_MLA, (gemm, kv), near, axes, at)]
+        return [Query(WIDE_EP_MLA, (gemm, "fp8"), near, axes, at, caveat="" if kv == "fp8" else FP8_CACHE)]
     return [Query(CONTEXT_MODULE, ("deepseek-ai/DeepSeek-V3", gemm, kv), near, axes, at)]
 
 

@@ -85,6 +85,11 @@ def request_lines(
     balance = "in balance: " if serving.is_disaggregated else ""
     ratio = f"{serving.prefill_gpus_per_decode_gpu:.3g} prefill GPUs per decode GPU; " if balance else ""
     lines.append(f"{balance}{ratio}{_of_hundred(serving)}; busy {serving.utilisation:.0%} of the time that is paid")
+    cached = ", cached ones counted" if serving.request.cached_tokens else ""
+    lines.append(
+        f"while at it: {serving.input_tokens_per_s_per_gpu:,.0f} input tokens/s/GPU{cached}, "
+        f"{serving.output_tokens_per_s_per_gpu:,.0f} output tokens/s/GPU"
+    )
     for name, words in OF_TOKENS.items():
         value = getattr(bill, name)
         if value is not None:
@@ -141,6 +146,8 @@ def request_document(
         "output_tokens": request.output_tokens,
         "is_disaggregated": serving.is_disaggregated,
         "utilisation": serving.utilisation,
+        "input_tokens_per_s_per_gpu": serving.input_tokens_per_s_per_gpu,
+        "output_tokens_per_s_per_gpu": serving.output_tokens_per_s_per_gpu,
         "prefill_gpus_per_decode_gpu": serving.prefill_gpus_per_decode_gpu,
         "pools": pools,
         "coverage_of_usd": serving.shares,

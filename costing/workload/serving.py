@@ -209,6 +209,16 @@ class Serving:
         return math.fsum(pool.gpu_s_of.get(purpose, 0.0) for pool in self.pools for purpose in purposes)
 
     @property
+    def input_tokens_per_s_per_gpu(self) -> float:
+        """Input tokens, cached ones counted, of a GPU while it prefills."""
+        return self.request.input_tokens / self.gpu_s(NEW, CACHED_INPUT)
+
+    @property
+    def output_tokens_per_s_per_gpu(self) -> float:
+        """Of a GPU while it decodes."""
+        return self.request.output_tokens / self.gpu_s(DECODE)
+
+    @property
     def prefill_gpus_per_decode_gpu(self) -> float:
         """The ratio at which pools are in balance; in one pool, that of the times it spends."""
         return self.gpu_s(NEW, CACHED_INPUT) / self.gpu_s(DECODE)

@@ -97,8 +97,14 @@ def test_attention_blocks_are_modules_where_a_table_has_them(published: Publishe
         assert table in found.source
     sparse = named(run(published, "deepseek-v3.2", "h200", "vllm", EP8, 4096), "attention_module")
     assert "dsa_context_module" in sparse.source
-    # in BF16 SGLang has only the attention, which on Hopper it ran absorbed
+    # SGLang's rows of the whole block have FP8 caches
     deployment = replace(EP8, precision=replace(get_precision("fp8"), kv="bf16"))
+    stored = named(run(published, "deepseek-v3", "h200", "sglang", deployment, 4096), "attention_module")
+    assert stored.provenance == MODELLED
+    assert "the row appended to an FP8 cache" in stored.source
+    assert stored.time_s == named(run(published, "deepseek-v3", "h200", "sglang", EP8, 4096), "attention_module").time_s
+    # with BF16 projections it has only the attention, which on Hopper it ran absorbed
+    deployment = deploy(32, 1, 32, "bf16")
     parts = run(published, "deepseek-v3", "h200", "sglang", deployment, 4096)
     assert named(parts, "kv_b_proj").provenance in (MEASURED, INTERPOLATED)
     assert named(parts, "attention").provenance == MODELLED

@@ -19,12 +19,20 @@ SECTION = re.compile(
     re.S,
 )
 CASES = [match.groupdict() for match in SECTION.finditer(PAGE.read_text())]
+REQUEST = re.compile(
+    r"```\n(?P<command>tokenfab request .*?)\n```.*?"
+    r"Published \*\*(?P<published>[\d.]+)\*\* input tokens/s/GPU; predicted \*\*(?P<predicted>[\d.]+)\*\* input "
+    r"tokens/s/GPU; ratio \*\*(?P<ratio>[\d.]+)\*\*(?P<rest>.*?)(?=\n## |\Z)",
+    re.S,
+)
+REQUESTS = [match.groupdict() for match in REQUEST.finditer(PAGE.read_text())]
 
 
 def test_page_has_at_least_four_published_results() -> None:
     assert len(CASES) >= 4
     table = re.findall(r"^\| .*? \| (\d+) \| (\d+) \| ([\d.]+) \|$", PAGE.read_text(), re.M)
-    assert table == [(case["published"], case["predicted"], case["ratio"]) for case in CASES]
+    assert len(REQUESTS) >= 2
+    assert table == [(case["published"], case["predicted"], case["ratio"]) for case in (*CASES, *REQUESTS)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["command"].split("--gpu ")[1].split()[0])
@@ -35,3 +43,18 @@ def test_command_gives_the_figures(case: dict[str, str]) -> None:
     assert f"{point['tokens_per_s_per_gpu']:.0f}" == case["predicted"]
     assert f"{point['tokens_per_s_per_user']:.1f}" == case["user"]
     assert f"{point['tokens_per_s_per_gpu'] / float(case['published']):.2f}" == case["ratio"]
+
+
+@pytest.mark.parametrize("case", REQUESTS, ids=lambda case: case["published"])
+def test_request_gives_the_figures(case: dict[str, str]) -> None:
+    result = CliRunner().invoke(cli, [*shlex.split(case["command"])[1:], "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    rate = found["input_tokens_per_s_per_gpu"]
+    assert f"{rate:.0f}" == case["predicted"]
+    assert f"{rate / float(case['published']):.2f}" == case["ratio"]
+    dollars = re.findall(r"\$\*\*([\d.]+)\*\*", case["rest"])
+    names = ("usd_per_mtok_output_decode_gpus_only", "usd_per_mtok_output", "usd_per_mtok_total")
+    known = {f"{found[name]:.3g}" for name in names}
+    assert dollars
+    assert set(dollars) <= known
