@@ -11,7 +11,6 @@ import click
 
 from . import __version__
 from .commands.compare import compare, gate
-from .commands.deploy import deploy
 from .commands.explain import explain
 from .commands.imports import imports
 from .commands.kernels import bench, inspect
@@ -24,13 +23,11 @@ from .commands.options import (
     model_options,
     parallel_option,
     records_option,
-    report_option,
     stack_option,
     stacks_option,
 )  # fmt: skip
 from .commands.request import request
-from .commands.routing import routing
-from .commands.shared import Group, comma, json_option, price_file_option, price_options, print_json, show
+from .commands.shared import Group, comma, json_option, path_type, price_file_option, price_options, print_json, show
 from .commands.tco import interval, sensitivity, tco
 from .commands.tune import tune
 
@@ -66,7 +63,6 @@ cli.add_command(tune)
 cli.add_command(lab)
 cli.add_command(doctor)
 cli.add_command(compare)
-cli.add_command(deploy)
 cli.add_command(gate)
 cli.add_command(imports)
 cli.add_command(speculate)
@@ -74,7 +70,6 @@ cli.add_command(tco)
 cli.add_command(explain)
 cli.add_command(interval)
 cli.add_command(request)
-cli.add_command(routing)
 cli.add_command(sensitivity)
 
 
@@ -190,7 +185,7 @@ def step(model: str, gpu: str, stack: str, parallel: str | None, batch: float, a
 @click.option("--max-modelled", type=click.FloatRange(0, 1), default=0.25, show_default=True,
               help="Rank only points with at most this share of their time modelled.")  # fmt: skip
 @click.option("--all", "show_all", is_flag=True, help="Print every point, not only the best of each GPU and stack.")
-@report_option
+@click.option("--report", type=path_type, metavar="FILE", help="Write an HTML report that works offline.")
 @data_option
 @records_option
 @json_option
