@@ -207,6 +207,38 @@ class ContextModule(Module):
 
 
 @dataclass(frozen=True)
+class CachedPart(Module):
+    """What a sparse block of a prefill pass does over cached tokens alone, beside the ``module`` of its new ones."""
+
+    kind = "cached_part"
+    module: ContextModule
+    parts: tuple[Op, ...]
+
+    def shape(self) -> str:
+        return self.parts[-1].shape()
+
+    @property
+    def cached_tokens(self) -> int:
+        return next(part.cached_tokens for part in self.parts if isinstance(part, SparseContext | IndexContext))
+
+
+@dataclass(frozen=True)
+class SparseModule(Module):
+    """A whole sparse block with its cached tokens: a table's row of another ``step``."""
+
+    kind = "mla_context_module"
+    module: ContextModule
+    parts: tuple[Op, ...]
+
+    @classmethod
+    def of(cls, cached: CachedPart) -> SparseModule:
+        return cls(cached.module, (*cached.module.parts, *cached.parts))
+
+    def shape(self) -> str:
+        return self.module.shape()
+
+
+@dataclass(frozen=True)
 class ContextExperts(Experts):
     """Experts with a prefill pass's many rows each: stacks run other kernels than in decoding."""
 

@@ -11,7 +11,8 @@ experts. For vLLM no row ran dispatched experts: a row of as many token-expert p
 stands in, and is a model. DeepEP's high-throughput ("normal") rows have 20 SMs, DeepEP's own default; dispatch is FP8,
 combine BF16; the time is transmission plus notification.
 
-Attention over cached tokens is in no table as such: ``prefill_time`` models it, and says how.
+Attention over cached tokens is in no table but those rows of another ``step``, of which SGLang's are many and the other
+stacks' stop at 128: ``prefill_time`` takes the difference of such rows, or models it, and says how.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from .prefill_ops import (
     IndexContext,
     MlaContext,
     SparseContext,
+    SparseModule,
 )
 from .published_tables import (
     ALL_TO_ALL,
+    CACHED_ROWS,
     DEEPSEEK_HIDDEN,
     DEEPSEEK_LATENT,
     GEMM_DTYPES,
@@ -59,6 +62,9 @@ WIDE_EP_MLA = Table("mla", "wideep_context_mla_perf", ("mla_dtype", "kv_cache_dt
 DSA_CONTEXT_MODULE = Table(
     "sparse_attention", "dsa_context_module_perf", ("op_name", "step", *MODULE_KEYS), ("num_heads",), _LENGTHS
 )
+DSA_CACHED_MODULE = Table(
+    "sparse_attention", "dsa_context_module_perf", ("op_name", *MODULE_KEYS), ("num_heads",), (*_LENGTHS, CACHED_ROWS)
+)
 WIDE_EP_CONTEXT_MOE = Table(
     "moe", "wideep_context_moe_perf", ("moe_dtype", "distribution"),
     ("hidden_size", "inter_size", "topk", "num_experts", "moe_ep_size"), ("num_tokens",),
@@ -71,7 +77,8 @@ DEEPEP_NORMAL = {
     for phase in ("dispatch", "combine")
 }  # fmt: skip
 PREFILL_TABLES = (
-    CONTEXT_ATTENTION, CONTEXT_MLA, CONTEXT_MODULE, WIDE_EP_MLA, DSA_CONTEXT_MODULE, WIDE_EP_CONTEXT_MOE,
+    CONTEXT_ATTENTION, CONTEXT_MLA, CONTEXT_MODULE, WIDE_EP_MLA, DSA_CONTEXT_MODULE, DSA_CACHED_MODULE,
+    WIDE_EP_CONTEXT_MOE,
     *DEEPEP_NORMAL.values(),
 )  # fmt: skip
 """Every table only a prefill pass reads."""
@@ -125,6 +132,24 @@ def _module(op: ContextModule, gpu: Gpu, stack: str) -> list[Query]:
     if stack == "sglang":
         return [Query(WIDE_EP_MLA, (gemm, "fp8"), near, axes, at, caveat="" if kv == "fp8" else FP8_CACHE)]
     return [Query(CONTEXT_MODULE, ("deepseek-ai/DeepSeek-V3", gemm, kv), near, axes, at)]
+
+
+def _sparse_module(op: SparseModule, gpu: Gpu, stack: str) -> list[Query]:
+    (query,) = _module(op.module, gpu, stack) or (None,)
+    cached = [part for part in op.parts if isinstance(part, SparseContext | IndexContext) and part.cached_tokens]
+    if query is None or not cached:
+        return []
+    length = cached[0].cached_tokens
+
+    def at(near: tuple[float, ...], axes: tuple[float, ...]) -> Op:
+        batch, new, tokens = axes[0], axes[1], axes[2] - 1
+        module = query.at(near, (batch, new))
+        assert isinstance(module, ContextModule)
+        over = [replace(part, batch=batch, new_tokens=new, cached_tokens=tokens) for part in cached if tokens]  # type: ignore[arg-type]
+        return SparseModule(module, (*module.parts, *over))
+
+    exact = (query.exact[0], *query.exact[2:])  # but for the step
+    return [Query(DSA_CACHED_MODULE, exact, query.near, (*query.axes, length + 1), at)]
 
 
 def scale_context_module(module: ContextModule, batch: float, new_tokens: float) -> ContextModule:
@@ -197,5 +222,5 @@ def _all_to_all(op: ContextAllToAll, gpu: Gpu, stack: str) -> list[Query]:
 
 PREFILL_QUERIES: dict[type[Op], Callable[[Any, Gpu, str], list[Query]]] = {
     ContextAttention: _attention, MlaContext: _mla, ContextModule: _module, ContextExperts: _experts,
-    ContextAllToAll: _all_to_all,
+    ContextAllToAll: _all_to_all, SparseModule: _sparse_module,
 }  # fmt: skip

@@ -1,12 +1,13 @@
 """The time of a prefill pass: the plan's ops, each with a time, its provenance and its floor.
 
-Attention over cached tokens is in no table. It is given the efficiency (floor / time) that the same attention reaches
-in the tables over all the tokens, cached and new, without a cache:
+Attention over cached tokens has rows in sparse (DSA) blocks only: a row with so many cached, less the row without. All
+other attention over them is given the efficiency (floor / time) that the same attention reaches in the tables over all
+the tokens, cached and new, without a cache:
 
     time(n new over c cached) = floor(n over c) x time(c + n) / floor(c + n)
 
 where time(L) is that of a pass of L new tokens per prompt: of the attention alone where a table has it, else of the
-whole attention block. It is always ``modelled``, and its source says of what.
+whole attention block. This is always ``modelled``, and the source says of what.
 
 Answers are kept by the ``PublishedData``, so that many passes over the same lengths cost little.
 """
@@ -19,10 +20,10 @@ from .decode_plan import OpCall
 from .deployment import Deployment
 from .gpus import Gpu
 from .model_config import ModelConfig
-from .prefill_ops import ContextModule, ContextOp
+from .prefill_ops import CachedPart, ContextModule, ContextOp, IndexContext, SparseContext, SparseModule
 from .prefill_plan import CACHED, merge_context_block, prefill_plan
 from .prefill_tables import scale_attention
-from .published import MODELLED, PublishedData, Stack, Timing
+from .published import MODELLED, PROVENANCES, PublishedData, Stack, Timing
 from .recorded import RecordedStack
 from .step_time import TimedOp
 
@@ -106,21 +107,41 @@ def prefill_time(
 
 
 def _is_over_cached(call: OpCall) -> bool:
-    return isinstance(call.op, ContextOp) and call.op.cached_tokens > 0
+    return isinstance(call.op, ContextOp | CachedPart) and call.op.cached_tokens > 0
 
 
 def _as_tabled(
     data: PublishedData, calls: tuple[OpCall, ...], gpu: Gpu, stack: Stack, deployment: Deployment
 ) -> tuple[OpCall, ...]:
-    """MLA blocks merged into one module where a table of the stack times the whole."""
+    """MLA blocks merged into one module where a table of the stack times the whole, with cached tokens or without."""
     merged = merge_context_block(calls, deployment.precision.linear)
     modules = [call.op for call in merged if isinstance(call.op, ContextModule)]
-    return merged if modules and data.has_rows(modules[0], gpu, stack) else calls
+    if not modules or not data.has_rows(modules[0], gpu, stack):
+        return calls
+    over = [call for call in merged if _is_over_cached(call) and isinstance(call.op, SparseContext | IndexContext)]
+    part = CachedPart(modules[0], tuple(call.op for call in over))
+    if not over or _row_less_row(data, part, gpu, stack) is None:
+        return merged
+    as_one = OpCall(CACHED + "attention", part, over[0].calls_per_step)
+    return tuple(as_one if call is over[0] else call for call in merged if call not in over[1:])
+
+
+def _row_less_row(data: PublishedData, part: CachedPart, gpu: Gpu, stack: Stack) -> Timing | None:
+    """The row with cached tokens, less the row without; None where the first is a model, or not above the second."""
+    whole, alone = data.time(SparseModule.of(part), gpu, stack), data.time(part.module, gpu, stack)
+    if whole.provenance == MODELLED or whole.time_s <= alone.time_s:
+        return None
+    weaker = max(whole.provenance, alone.provenance, key=PROVENANCES.index)
+    return Timing(whole.time_s - alone.time_s, weaker, f"{whole.source}, less the row without cached tokens")
 
 
 def _over_cached(data: PublishedData, call: OpCall, others: tuple[OpCall, ...], gpu: Gpu, stack: Stack) -> Timing:
-    """The model of the module's docstring. ``others``: the calls of the pass without cached tokens."""
+    """As the module's docstring says. ``others``: the calls of the pass without cached tokens."""
     op = call.op
+    if isinstance(op, CachedPart):
+        found = _row_less_row(data, op, gpu, stack)
+        assert found is not None  # or it would not be one call
+        return found
     assert isinstance(op, ContextOp)
     names = (call.name.removeprefix(CACHED), "attention_module")
     like = next(other.op for other in others if other.name in names and isinstance(other.op, ContextOp | ContextModule))

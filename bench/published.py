@@ -27,7 +27,7 @@ from packaging.version import InvalidVersion, Version
 from .gpus import Gpu
 from .interpolation import Grid, look_up
 from .ops import Collective, ExpertAllToAll, Module, Op
-from .published_tables import KV_LENGTH, Query, Table, one_token, queries
+from .published_tables import CACHED_ROWS, KV_LENGTH, Query, Table, one_token, queries
 
 STACKS = ("vllm", "sglang", "trtllm")
 MEASURED_HERE, MEASURED, INTERPOLATED_HERE, INTERPOLATED, MODELLED = PROVENANCES = (
@@ -107,7 +107,8 @@ class _Rows:
 
         table = self.table
         keys = [*table.exact, *table.near]
-        axes = [column for axis in table.axes for column in (("isl", "step") if axis == KV_LENGTH else (axis,))]
+        virtual = {KV_LENGTH: ("isl", "step"), CACHED_ROWS: ("step",)}
+        axes = [column for axis in table.axes for column in virtual.get(axis, (axis,))]
         wanted = list(dict.fromkeys([*keys, *axes, "kernel_source", *table.latency.split("+")]))
         try:
             with pq.ParquetFile(self.path) as file:
@@ -147,6 +148,8 @@ class _Rows:
     def _axis(data: Any, axis: str) -> np.ndarray:
         if axis == KV_LENGTH:
             return _numbers(data["isl"].combine_chunks()) + _numbers(data["step"].combine_chunks())
+        if axis == CACHED_ROWS:
+            return _numbers(data["step"].combine_chunks()) + 1
         return _numbers(data[axis].combine_chunks())
 
     def grid(self, key: tuple[Any, ...]) -> Grid | None:
@@ -209,7 +212,7 @@ class PublishedData:
             PublishedDataError: no such tree, or the package is not installed.
         """
         self.root = _wheel_systems() if root is None else _find_systems(root)
-        self._rows: dict[tuple[Path, str], _Rows] = {}
+        self._rows: dict[tuple[Path, Table], _Rows] = {}
         self._candidates: dict[tuple[str, Stack, str], list[tuple[str, Path]]] = {}
         self._answers: dict[tuple[Op, str, Stack], Timing] = {}
 
@@ -276,7 +279,7 @@ class PublishedData:
                 yield version, path
 
     def rows(self, path: Path, table: Table) -> _Rows:
-        key = (path, table.latency)
+        key = (path, table)
         if key not in self._rows:
             self._rows[key] = _Rows(path, table)
         return self._rows[key]

@@ -37,6 +37,9 @@ from .ops import (
 KV_LENGTH = "kv_length"
 """Virtual column: isl + step."""
 
+CACHED_ROWS = "step + 1"
+"""Virtual column: the tokens cached before a prefill, and one, so that it has a logarithm."""
+
 MS, US = 1e-3, 1e-6
 
 

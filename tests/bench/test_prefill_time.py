@@ -151,6 +151,28 @@ def test_mla_pays_for_cached_latents_twice(published: PublishedData) -> None:
     assert found.cached_s == pytest.approx(up.time_s + named(found, "cached_attention").time_s)
 
 
+def test_sparse_blocks_with_a_cache_are_rows_less_rows(published: PublishedData) -> None:
+    """SGLang timed DSA with tokens cached: milliseconds read with pyarrow, 1 prompt, 128 heads, FP8."""
+    for new, cached, with_ms, without_ms in ((4096, 8192, 8.05, 7.17), (2048, 1024, 3.79, 1.04)):
+        found = run(published, "deepseek-v3.2", "h200", "sglang", EP8, new, cached)
+        over = named(found, "cached_attention")
+        assert named(found, "attention_module").time_s / 61 == pytest.approx(without_ms * 1e-3, rel=0.005)
+        assert over.time_s / 61 == pytest.approx((with_ms - without_ms) * 1e-3, rel=0.02)
+        assert over.provenance == MEASURED
+        assert over.source.endswith("less the row without cached tokens")
+        assert found.cached_s == over.time_s
+        assert "cached_index_scores" not in [op.call.name for op in found.ops]  # in the same row
+    between = named(run(published, "deepseek-v3.2", "h200", "sglang", EP8, 4096, 6000), "cached_attention")
+    assert between.provenance == INTERPOLATED
+    # vLLM's rows stop at 128 cached tokens
+    other = run(published, "deepseek-v3.2", "h200", "vllm", EP8, 4096, 8192)
+    assert named(other, "cached_attention").provenance == named(other, "cached_index_scores").provenance == MODELLED
+    # a cached part of a plan keeps its floor, however it is timed
+    floors = [op for op in other.ops if op.call.name.startswith("cached_")]
+    ours = named(run(published, "deepseek-v3.2", "h200", "sglang", EP8, 4096, 8192), "cached_attention")
+    assert ours.floor_s == pytest.approx(sum(op.floor_s for op in floors))
+
+
 def test_dispatched_experts_of_vllm_are_a_model_of_as_many_pairs(published: PublishedData) -> None:
     stack = published.stack(H100, "vllm")
     op = ContextExperts(32768, 7168, 2048, 8, 256, 8, 1, *FP8, dispatched=True)
