@@ -21,6 +21,9 @@ records_option = click.option(
     "--records", type=path_type, metavar="DIR",
     help="Records of the stack tokenfab (or tokenfab+vllm: vllm's rows for the rest), not the package's.",
 )  # fmt: skip
+report_option = click.option(
+    "--report", type=path_type, metavar="FILE", help="Write an HTML report that works offline."
+)
 data_option = click.option(
     "--published-data", type=path_type, metavar="DIR", help="Tables from this aiconfigurator checkout, not the package."
 )

@@ -307,5 +307,5 @@ def write_report(
         title,
         "a decode step from published kernel times",
         sections,
-        price_inputs(prices, one if one[1] > 1 else None),
+        price_inputs(prices, {"": ("acceptance length", one[0], one[1])} if one[1] > 1 else None),
     )

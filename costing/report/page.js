@@ -1,5 +1,6 @@
 // Draws the figures, and prices them again when the form changes. A trace says by its meta what it holds: which axis is
-// dollars ("usd") or tokens per second ("rate"), and of which GPU; a cell by data-usd, data-rate and data-price.
+// dollars ("usd") or tokens per second ("rate"), of which GPU, and kept tokens of how many drafts (keptOf); a cell by
+// data-usd, data-rate and data-price.
 const narrow = window.innerWidth <= 640;
 for (const [id, figure] of Object.entries(figures)) {
   if (narrow) {
@@ -15,7 +16,7 @@ if (form) {
   const priceInputs = [...form.querySelectorAll("[data-price-of]")];
   const book = Object.fromEntries(priceInputs.map(input => [input.dataset.priceOf, Number(input.defaultValue)]));
   const utilisation = form.querySelector("[data-utilisation]");
-  const kept = form.querySelector("[data-kept]");
+  const keptInputs = [...form.querySelectorAll("[data-kept]")];
 
   const best = (traces, meta) => {  // the points that no other beats, fastest user first
     const points = traces.flatMap(trace => trace.x.map((x, i) => [x, trace.y[i]]));
@@ -34,17 +35,18 @@ if (form) {
     const wrong = [...form.elements].find(input => input.willValidate && (input.value === "" || !input.checkValidity()));
     message.textContent = wrong ? `expected ${wrong.min} or more${wrong.max ? ` and at most ${wrong.max}` : ""}: nothing is priced again` : "";
     if (wrong) return;
-    const rates = kept ? Number(kept.value) / Number(kept.defaultValue) : 1;
+    const kept = Object.fromEntries(keptInputs.map(input => [input.dataset.kept, Number(input.value) / Number(input.defaultValue)]));
+    const rates = keptOf => kept[keptOf || ""] || 1;
     const price = Object.fromEntries(priceInputs.map(input => [input.dataset.priceOf, Number(input.value)]));
-    const dollars = gpu => price[gpu] / book[gpu] / Number(utilisation.value) / rates;
-    const factor = (kind, gpu) => kind === "usd" ? dollars(gpu) : kind === "rate" ? rates : 1;
+    const dollars = (gpu, keptOf) => price[gpu] / book[gpu] / Number(utilisation.value) / rates(keptOf);
+    const factor = (kind, gpu, keptOf) => kind === "usd" ? dollars(gpu, keptOf) : kind === "rate" ? rates(keptOf) : 1;
     utilisation.nextElementSibling.value = `${Math.round(100 * utilisation.value)} %`;
-    if (kept) kept.nextElementSibling.value = Number(kept.value).toFixed(2);
+    for (const input of keptInputs) input.nextElementSibling.value = Number(input.value).toFixed(2);
     for (const [id, figure] of Object.entries(figures)) {
       const traces = figure.data.map(trace => {
         const meta = trace.meta || {};
         const gpu = i => meta.gpus ? meta.gpus[i] : meta.gpu;
-        const scaled = axis => meta[axis] ? trace[axis].map((value, i) => value * factor(meta[axis], gpu(i))) : trace[axis];
+        const scaled = axis => meta[axis] ? trace[axis].map((value, i) => value * factor(meta[axis], gpu(i), meta.keptOf)) : trace[axis];
         return {...trace, x: scaled("x"), y: scaled("y")};
       });
       const layout = structuredClone(figure.layout);
@@ -64,8 +66,8 @@ if (form) {
       }
       Plotly.react(id, traces, layout);
     }
-    for (const cell of document.querySelectorAll("[data-usd]")) cell.textContent = (cell.dataset.usd * dollars(cell.dataset.gpu)).toFixed(3);
-    for (const cell of document.querySelectorAll("[data-rate]")) cell.textContent = (cell.dataset.rate * rates).toFixed(1);
+    for (const cell of document.querySelectorAll("[data-usd]")) cell.textContent = (cell.dataset.usd * dollars(cell.dataset.gpu, cell.dataset.keptOf)).toFixed(3);
+    for (const cell of document.querySelectorAll("[data-rate]")) cell.textContent = (cell.dataset.rate * rates(cell.dataset.keptOf)).toFixed(1);
     for (const cell of document.querySelectorAll("[data-price]")) cell.textContent = price[cell.dataset.price].toFixed(2);
   };
   form.addEventListener("input", reprice);

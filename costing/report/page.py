@@ -105,25 +105,27 @@ def html_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], text_colum
     )
 
 
-def price_inputs(prices: Mapping[str, tuple[str, float]], kept: tuple[float, int] | None = None) -> str:
+def price_inputs(
+    prices: Mapping[str, tuple[str, float]], kept: Mapping[str, tuple[str, float, int]] | None = None
+) -> str:
     """Inputs that re-price the page.
 
     Args:
         prices: by GPU name its title and $/GPU-hour.
-        kept: tokens kept per step (the acceptance length) and the most that can be, where the page's steps verify
-            drafts: a step takes as long however many of its tokens are kept.
+        kept: title, tokens kept per step (the acceptance length) and the most that can be, by number of drafts; "" for
+            what names no number. A step takes as long however many of its tokens are kept.
     """
     inputs = "".join(
         f'<label>{html.escape(title)} <span class="unit">$<input type="number" min="0.01" step="any" '
         f'value="{usd:g}" data-price-of="{html.escape(name)}">/GPU-h</span></label>'
         for name, (title, usd) in prices.items()
     )
-    acceptance = ""
-    if kept is not None:
-        acceptance = (
-            f'<label>acceptance length <span class="unit"><input type="range" min="1" max="{kept[1]}" step="any" '
-            f'value="{kept[0]:g}" data-kept><output>{kept[0]:.2f}</output></span></label>'
-        )
+    acceptance = "".join(
+        f'<label>{html.escape(title)} <span class="unit"><input type="range" '
+        f'min="1" max="{most}" step="any" value="{value!r}" data-kept="{name}"><output>{value:.2f}</output></span>'
+        "</label>"
+        for name, (title, value, most) in (kept or {}).items()
+    )
     return (
         f'<form id="reprice" autocomplete="off">{inputs}{acceptance}'
         '<label>utilisation <span class="unit"><input type="range" min="0.05" max="1" step="0.01" value="1" '

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import drawn, figures, move, opened
 from tokenfab.costing.levers.sensitivity import sensitivity
 from tokenfab.costing.prices import stated_price
 from tokenfab.costing.report.cost_view import cheapest_frontier, write_report
 from tokenfab.costing.study import StudyResult, price_step, run_study, study, study_of
 from tokenfab.costing.sweep import best_points
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "</script><script>window.owned = 1</script><img src=x onerror='window.owned = 2'>"
 
 
@@ -31,12 +28,6 @@ def report(studies: list[StudyResult], tmp_path_factory: pytest.TempPathFactory)
     path = tmp_path_factory.mktemp("report") / "deep" / "report.html"
     write_report(path, studies, 20.0, 0.25)
     return path
-
-
-def figures(path: Path) -> dict[str, Any]:
-    text = path.read_text()
-    start = text.index("const figures = ") + len("const figures = ")
-    return json.JSONDecoder().raw_decode(text[start:])[0]
 
 
 def test_plots_hold_the_points(report: Path, studies: list[StudyResult]) -> None:
@@ -72,30 +63,6 @@ def test_page_needs_nothing_from_elsewhere(report: Path) -> None:
     assert "https://" not in head
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        launched = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield launched
-        launched.close()
-
-
-def opened(browser: Any, path: Path, width: int, height: int) -> tuple[Any, list[str]]:
-    page = browser.new_context(viewport={"width": width, "height": height}, offline=True).new_page()
-    errors: list[str] = []
-    page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("requestfailed", lambda request: errors.append(request.url))
-    page.goto(path.as_uri())
-    page.wait_for_function("document.querySelectorAll('.plot .main-svg').length >= 8")
-    return page, errors
-
-
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
 def test_in_a_browser_with_the_network_off(browser: Any, report: Path, width: int, height: int) -> None:
     page, errors = opened(browser, report, width, height)
@@ -123,10 +90,6 @@ def test_hover_tells_the_point(browser: Any, report: Path) -> None:
 PRICES = "Object.fromEntries([...document.querySelectorAll('[data-price-of]')].map(i => [i.dataset.priceOf, +i.value]))"
 
 
-def drawn(page: Any, plot: str, axis: str) -> list[list[float]]:
-    return page.evaluate(f"document.getElementById('{plot}').data.map(t => [...t.{axis}])")
-
-
 def test_prices_and_utilisation_price_the_page_again(browser: Any, report: Path) -> None:
     page, errors = opened(browser, report, 1280, 900)
     before, rates = drawn(page, "cost-0", "y"), drawn(page, "throughput-0", "y")
@@ -137,9 +100,7 @@ def test_prices_and_utilisation_price_the_page_again(browser: Any, report: Path)
     book = page.evaluate(PRICES)
     page.fill("[data-price-of=h100]", "2.6525")  # any price, not whole cents
     page.fill("[data-price-of=h200]", str(2 * book["h200"]))
-    page.eval_on_selector(
-        "[data-utilisation]", "e => { e.value = 0.5; e.dispatchEvent(new Event('input', {bubbles: true})) }"
-    )
+    move(page, "[data-utilisation]", 0.5)
     factor = {gpu: {"h100": 2 * 2.6525 / book["h100"], "h200": 4.0}.get(gpu, 2.0) for gpu in book}
     gpus = page.evaluate("document.getElementById('cost-0').data.map(t => t.meta.gpu)")
     after = drawn(page, "cost-0", "y")
@@ -218,23 +179,21 @@ def test_acceptance_length_prices_the_page_again(browser: Any, tmp_path: Path) -
     path = tmp_path / "drafts.html"
     plan = study("deepseek-v3", ["h200"], ["sglang"], None, None, tokens_per_step=4, kept_tokens=2.5)
     write_report(path, [run_study(plan)], 1.0, 1.0)
-    page = browser.new_context(offline=True).new_page()
-    page.goto(path.as_uri())
-    page.wait_for_function("document.querySelectorAll('.plot .main-svg').length >= 4")
+    page, errors = opened(browser, path)
     assert "4 tokens verified per step, 2.5 of them kept" in page.inner_text("body")
     before = {(plot, axis): drawn(page, plot, axis) for plot in ("cost-0", "throughput-0") for axis in "xy"}
     rates = page.eval_on_selector_all("[data-rate]", "all => all.map(c => +c.textContent)")
-    page.eval_on_selector("[data-kept]", "e => { e.value = 1; e.dispatchEvent(new Event('input', {bubbles: true})) }")
+    move(page, "[data-kept]", 1)
     for (plot, axis), values in before.items():
         factor = 2.5 if (plot, axis) == ("cost-0", "y") else 1 / 2.5
         for old, new in zip(values, drawn(page, plot, axis), strict=True):
             assert new == pytest.approx([factor * value for value in old], rel=1e-9)
     found = page.eval_on_selector_all("[data-rate]", "all => all.map(c => +c.textContent)")
     assert found == pytest.approx([rate / 2.5 for rate in rates], abs=0.1)
+    assert errors == []
 
 
 def test_without_drafts_there_is_no_acceptance_length(report: Path) -> None:
-    assert "data-kept>" not in report.read_text()
     assert "acceptance length <span" not in report.read_text()
 
 
