@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -206,7 +206,9 @@ class Source:
         return Spread(None if mean is None else mean * unit_s, {rank: value * unit_s for rank, value in ordered})
 
     def check(self, served: Served, fields: Mapping[str, str]) -> Served:
-        """The record, if its latencies and its load can be of one run. ``fields``: the file's names for errors.
+        """The record, if its latencies and its load can be of one run; with an estimate of what was in flight.
+
+        ``fields``: the file's names for errors.
 
         Raises:
             ValueError: a latency that another figure contradicts, most often one in another unit.
@@ -237,7 +239,8 @@ class Source:
             raise self.refuse(fields.get("acceptance", "acceptance_length"), "1 or more", served.acceptance_length)
         limit = served.concurrency_limit
         measured = served.mean_in_flight is not None
-        flight = served.mean_in_flight if measured else _estimated_in_flight(served)
+        served = replace(served, estimated_in_flight=_estimated_in_flight(served))
+        flight = served.mean_in_flight if measured else served.estimated_in_flight
         if flight is None:
             return served
         slack = SLACK_MEASURED if measured else SLACK_ESTIMATED

@@ -110,6 +110,14 @@ def gpu(name: str) -> str:
     return get_gpu(name).name
 
 
+def known_gpu(name: str) -> str | None:
+    """A GPU by tokenfab's name or the driver's; None for any other words."""
+    try:
+        return gpu(name)
+    except ValueError:
+        return gpu_of_device(name)
+
+
 def gpu_of_device(name: str) -> str | None:
     """The GPU of a driver's device name; None where it is not known."""
     return DEVICE_NAMES.get(name)

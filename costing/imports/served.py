@@ -12,6 +12,7 @@ that the file has and the user contradicts is an error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
@@ -48,7 +49,8 @@ class Served:
         precision: the file's word for it; kv_format: bf16 or fp8.
         parallel: of one replica (of the decode pool); parallel_note: why it cannot be written so.
         prefill_parallel: of one replica of the prefill pool.
-        concurrency_limit: requests in flight at most; mean_in_flight: on average.
+        concurrency_limit: requests in flight at most; mean_in_flight: on average, measured; estimated_in_flight: from
+            mean TTFT and TPOT.
         request_rate_per_s: offered; infinite where all requests are offered at once.
         tokens_per_step, acceptance_length: tokens verified and kept per decode step, where drafts are used.
         stated: rates per GPU in the source's own convention, by the source's field names.
@@ -76,6 +78,7 @@ class Served:
     prefill_parallel: Parallel | None = None
     concurrency_limit: float | None = None
     mean_in_flight: float | None = None
+    estimated_in_flight: float | None = None
     request_rate_per_s: float | None = None
     duration_s: float | None = None
     completed: int | None = None
@@ -96,12 +99,23 @@ class Served:
 
     @property
     def concurrency(self) -> float | None:
-        """Requests in flight: measured where the file has it, else the limit that the load kept to."""
-        return self.mean_in_flight if self.mean_in_flight is not None else self.concurrency_limit
+        """Requests in flight: measured where the file has it, else the limit that an unlimited load kept to."""
+        if self.mean_in_flight is not None:
+            return self.mean_in_flight
+        return self.concurrency_limit if self._keeps_to_limit else self.estimated_in_flight
 
     @property
     def concurrency_source(self) -> str:
-        return "measured mean in flight" if self.mean_in_flight is not None else "stated limit"
+        if self.mean_in_flight is not None:
+            return "measured mean in flight"
+        return "stated limit" if self._keeps_to_limit else "in flight by request rate, TTFT and TPOT:"
+
+    @property
+    def _keeps_to_limit(self) -> bool:
+        """Whether the limit is what was in flight: not where requests came at a rate that may never reach it."""
+        if self.concurrency_limit is None:
+            return False
+        return self.request_rate_per_s in (None, math.inf) or self.estimated_in_flight is None
 
     @property
     def decode_gpus(self) -> int | None:

@@ -1,9 +1,10 @@
 """``trtllm-bench throughput|latency --report_json``.
 
 Source: NVIDIA/TensorRT-LLM ``tensorrt_llm/bench/dataclasses/reporting.py`` @0249976 (``get_statistics_dict``) and
-``statistics.py`` @77d7fe1; @2787769 writes the same without ``machine``. Times are milliseconds, the percentiles too
-(they are nanoseconds converted in place); ``streaming_metrics`` only with ``--streaming``. All requests are offered at
-once. ``avg_num_concurrent_requests`` is the sum of latencies over the total: the mean in flight.
+``statistics.py`` @77d7fe1; @2787769 writes the same without ``machine``, older ones without a total throughput. Times
+are milliseconds, the percentiles too (they are nanoseconds converted in place); ``streaming_metrics`` only with
+``--streaming``. All requests are offered at once. ``avg_num_concurrent_requests`` is the sum of latencies over the
+total: the mean in flight.
 
 The GPU is ``machine.name`` as CUDA gives it. ``world_info`` has tensor, pipeline and expert parallel sizes, but not
 whether attention is data parallel, so that more than one GPU needs ``--parallel``. Failed requests are not counted.
@@ -66,7 +67,7 @@ class _Performance(msgspec.Struct, kw_only=True):
     total_latency_ms: float
     request_throughput_req_s: float
     system_output_throughput_tok_s: float
-    system_total_throughput_tok_s: float
+    system_total_throughput_tok_s: float | None = None
     output_throughput_per_gpu_tok_s: float
     request_latency_percentiles_ms: _Percentiles
 
@@ -114,10 +115,12 @@ def read(where: str, raw: dict[str, Any]) -> Served:
         "performance.system_output_throughput_tok_s", rates.system_output_throughput_tok_s, outputs * request_rate,
         "avg_output_length x num_requests / total_latency_ms",
     )  # fmt: skip
-    total_rate = source.agrees(
-        "performance.system_total_throughput_tok_s", rates.system_total_throughput_tok_s,
-        (inputs + outputs) * request_rate, "(avg_input_length + avg_output_length) x num_requests / total_latency_ms",
-    )  # fmt: skip
+    total_rate = (inputs + outputs) * request_rate
+    if rates.system_total_throughput_tok_s is not None:
+        source.agrees(
+            "performance.system_total_throughput_tok_s", rates.system_total_throughput_tok_s, total_rate,
+            "(avg_input_length + avg_output_length) x num_requests / total_latency_ms",
+        )  # fmt: skip
     gpus = source.count("world_info.world_size", world.world_size)
     source.agrees(
         "performance.output_throughput_per_gpu_tok_s", rates.output_throughput_per_gpu_tok_s, output_rate / gpus,

@@ -165,8 +165,8 @@ def _served_dict(served: Served) -> dict[str, Any]:
     plain = (
         "source", "tool", "tool_version", "model", "known_model", "gpu", "prefill_gpu", "num_gpus", "prefill_gpus",
         "decode_gpus", "precision", "kv_format", "framework", "framework_version", "parallel_note", "concurrency_limit",
-        "mean_in_flight", "duration_s", "completed", "failed", "input_tokens_mean", "output_tokens_mean",
-        "output_tokens_per_s", "total_tokens_per_s", "speculative", "tokens_per_step", "acceptance_length",
+        "mean_in_flight", "estimated_in_flight", "duration_s", "completed", "failed", "input_tokens_mean",
+        "output_tokens_mean", "output_tokens_per_s", "total_tokens_per_s", "speculative", "tokens_per_step", "acceptance_length",
     )  # fmt: skip
     found = {name: getattr(served, name) for name in plain}
     found |= {

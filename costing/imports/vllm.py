@@ -7,7 +7,8 @@ the same fields without ``failed``, ``endpoint_type``, with ``best_of``. Times a
 ``--percentile-metrics`` (ttft, tpot, itl by default) and rank of ``--metric-percentiles`` (99 by default).
 
 The file names neither GPU, number of GPUs, precision nor parallelism, unless the run said so itself:
-``--metadata gpu=h200 num_gpus=8 parallel=tp8 precision=fp8 version=0.24.0`` (``--metadata`` adds its keys to the file).
+``--metadata gpu=h200 num_gpus=8 parallel=tp8 precision=fp8 version=0.24.0``. That option adds any key to the file; one
+of these with a value in other words than tokenfab's says nothing.
 """
 
 from __future__ import annotations
@@ -81,10 +82,10 @@ def read(where: str, raw: dict[str, Any]) -> Served:
         output_tokens_mean=outputs / completed,
         model=found.model_id,
         known_model=names.model(found.model_id),
-        gpu=None if found.gpu is None else names.gpu(found.gpu),
-        num_gpus=None if found.num_gpus is None else source.count("num_gpus", _whole(source, found.num_gpus)),
+        gpu=None if found.gpu is None else names.known_gpu(found.gpu),
+        num_gpus=int(found.num_gpus) if found.num_gpus is not None and found.num_gpus.isdecimal() else None,
         precision=found.precision,
-        parallel=None if found.parallel is None else Parallel.parse(found.parallel),
+        parallel=_parallel(found.parallel),
         framework_version=found.version,
         concurrency_limit=limit,
         mean_in_flight=mean_in_flight(requests, e2e),
@@ -124,10 +125,12 @@ def _rate(source: Source, rate: float | str) -> float:
     return source.positive("request_rate", rate)
 
 
-def _whole(source: Source, text: str) -> int:
-    if not text.isdecimal():
-        raise source.refuse("num_gpus", "a whole number", text)
-    return int(text)
+def _parallel(text: str | None) -> Parallel | None:
+    """A note of the run in tokenfab's notation; None for one in other words."""
+    try:
+        return None if text is None else Parallel.parse(text)
+    except ValueError:
+        return None
 
 
 def _tokens_per_step(source: Source, found: _Result) -> int | None:

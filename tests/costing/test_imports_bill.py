@@ -267,7 +267,7 @@ REASONS = [
     ({"framework": "atom"}, "stack: no tables of 'atom'"),
     ({"precision": "int4"}, "precision: 'int4'"),
     ({"parallel": None, "parallel_note": "pp 2 is not in tokenfab's plan"}, "pp 2"),
-    ({"mean_in_flight": None, "concurrency_limit": None}, "concurrency"),
+    ({"mean_in_flight": None, "concurrency_limit": None, "estimated_in_flight": None}, "concurrency"),
     ({"speculative": True}, "--tokens-per-step and --kept-tokens"),
     ({"num_gpus": 1, "parallel": Parallel()}, "memory: deepseek-r1"),
     ({"parallel": Parallel(3)}, "attention_tp"),
