@@ -27,6 +27,7 @@ from .commands.options import (
     stacks_option,
 )  # fmt: skip
 from .commands.request import request
+from .commands.routing import routing
 from .commands.shared import Group, comma, json_option, path_type, price_file_option, price_options, print_json, show
 from .commands.tco import interval, sensitivity, tco
 from .commands.tune import tune
@@ -70,6 +71,7 @@ cli.add_command(tco)
 cli.add_command(explain)
 cli.add_command(interval)
 cli.add_command(request)
+cli.add_command(routing)
 cli.add_command(sensitivity)
 
 
