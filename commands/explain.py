@@ -32,18 +32,10 @@ def _lists(flag: str, help_text: str) -> Any:
 
 
 _SIDES = (
-    "stack",
-    "precision",
-    "kv_format",
-    "parallel",
-    "batch",
-    "drafts",
-    "acceptance",
-    "tier",
-    "book",
-    "usd_per_gpu_hour",
-)
-"""Options that both sides have."""  # fmt: skip
+    "stack", "precision", "kv_format", "parallel", "batch", "drafts", "acceptance", "drafter", "tier", "book",
+    "usd_per_gpu_hour", "serving", "prefill_parallel",
+)  # fmt: skip
+"""Options that both sides have."""
 
 
 @click.command()
@@ -60,8 +52,16 @@ _SIDES = (
 @_lists("parallel", "Splits tried at the start: tp8, dp8-ep8, ...")
 @_both("batch", "Sequences per GPU at the start; the cheapest that is fast enough by default.", type=float)
 @_both("drafts", "Draft tokens per step at the start.", type=int, default=0)
-@_both("acceptance", "Tokens kept per step at the start, 1 to 1 + drafts; needed with drafts.", type=float)
-@click.option("--context", type=int, default=4096, show_default=True, help="Cached tokens per sequence.")
+@_both("acceptance", "Tokens kept per step at the start, 1 to 1 + drafts, or whose: deepseek-v3-mtp-low, ...")
+@_both("drafter", "What makes drafts at the start: mtp, ngram or a model.", default="mtp", show_default=True)
+@click.option("--context", type=int, help="Cached tokens per sequence; 4096, or the request's, by default.")
+@click.option("--input-tokens", type=int, help="Of a request: with them, prefill is in every figure.")
+@click.option("--cached-tokens", type=int, default=0, show_default=True, help="Of the input, already cached.")
+@click.option("--output-tokens", type=int, help="Of a request.")
+@_both(
+    "serving", "aggregated: the same GPUs prefill and decode; disaggregated.", default="aggregated", show_default=True
+)
+@_lists("prefill-parallel", "Splits tried for GPUs that only prefill, at the start.")
 @click.option("--load", default="balanced", show_default=True, help="Expert load.")
 @click.option("--tier", default="rent_3yr", show_default=True, help="Price tier of both; see `tokenfab prices`.")
 @click.option("--book", help="Price book of both, e.g. 2026-02; the newest by default.")
@@ -104,14 +104,26 @@ def explain(
     assert model is not None
     assert from_gpu is not None
     assert to_gpu is not None
+    _limits(options)  # wrong ones are an error before the search, not after
     pricer = _pricer(model, options["published_data"], options["records"])
     sides = [_side(pricer, name, gpu, options) for name, gpu in (("from", from_gpu), ("to", to_gpu))]
     with Progress("points", quiet=as_json) as progress:
-        found = _find(pricer, sides, progress)
+        found = _find(pricer, sides, options["max_modelled"], progress)
     if options["at"] is not None:
-        _print_ratios(model, found, options, as_json)
+        _print_ratios(found, options, as_json)
     else:
         _print_waterfall(pricer, found, options, as_json)
+
+
+def _limits(options: dict[str, Any]) -> list[float]:
+    """Tokens/s/user that each side must reach."""
+    from ..costing.levers.waterfall_ends import check_limits, check_share
+
+    name = "min_tokens_per_s_per_user"
+    check_share(options["max_modelled"])
+    check_limits([0.0] if options["at"] is None else options["at"])
+    own = (options[f"from_{name}"], options[f"to_{name}"])
+    return list(check_limits([options[name] if each is None else each for each in own]))
 
 
 def _pricer(model: str, published_data: Path | None, records: Path | None) -> Pricer:
@@ -124,19 +136,20 @@ def _pricer(model: str, published_data: Path | None, records: Path | None) -> Pr
 
 
 def _side(pricer: Pricer, name: str, gpu: str, options: dict[str, Any]) -> Side:
-    from ..costing.levers.waterfall_ends import make_side
+    from ..costing.levers.waterfall_ends import make_request, make_side
 
     own = {key: options[f"{name}_{key}"] for key in _SIDES}
     own["tier"], own["book"] = own["tier"] or options["tier"], own["book"] or options["book"]
     shared = {key: options[key] for key in ("context", "load", "price_file")}
-    return make_side(pricer.model, name, gpu, **own, **shared)
+    request = make_request(options["input_tokens"], options["cached_tokens"], options["output_tokens"])
+    return make_side(pricer.model, name, gpu, **own, **shared, request=request)
 
 
-def _find(pricer: Pricer, sides: list[Side], progress: Progress) -> list[Found]:
+def _find(pricer: Pricer, sides: list[Side], max_modelled: float, progress: Progress) -> list[Found]:
     from ..costing.levers.waterfall_ends import find_points
 
     total = sum(len(side) for side in sides)
-    return [find_points(pricer, side, lambda of, what: progress.advance(total, what)) for side in sides]
+    return [find_points(pricer, side, max_modelled, lambda of, what: progress.advance(total, what)) for side in sides]
 
 
 def _print_waterfall(pricer: Pricer, found: list[Found], options: dict[str, Any], as_json: bool) -> None:
@@ -145,9 +158,7 @@ def _print_waterfall(pricer: Pricer, found: list[Found], options: dict[str, Any]
     from ..costing.levers.waterfall_orders import all_orders, ordered_waterfall
     from ..costing.levers.waterfall_view import waterfall_document, waterfall_lines, waterfall_table
 
-    name = "min_tokens_per_s_per_user"
-    limits = [options[name] if own is None else own for own in (options[f"from_{name}"], options[f"to_{name}"])]
-    ends, own_limits = chosen_ends(found, limits, options["max_modelled"])
+    ends, own_limits = chosen_ends(found, _limits(options), options["max_modelled"])
     shown = ordered_waterfall(pricer, ends[0].point, ends[1].point, options["order"])
     orders, intervals = all_orders(pricer, shown), [end.interval(pricer.data) for end in ends]
     if as_json:
@@ -159,7 +170,7 @@ def _print_waterfall(pricer: Pricer, found: list[Found], options: dict[str, Any]
         out.print(line, soft_wrap=True)
 
 
-def _print_ratios(model: str, found: list[Found], options: dict[str, Any], as_json: bool) -> None:
+def _print_ratios(found: list[Found], options: dict[str, Any], as_json: bool) -> None:
     from ..bench.tables import console
     from ..costing.levers.waterfall_ends import mismatched, ratios
     from ..costing.levers.waterfall_view import mismatched_table, ratios_document, ratios_lines, ratios_table
@@ -168,13 +179,13 @@ def _print_ratios(model: str, found: list[Found], options: dict[str, Any], as_js
     rows = ratios(found[0], found[1], at, most)
     matrix = mismatched(found[0], found[1], at, most) if options["mismatched"] else []
     if as_json:
-        print_json(ratios_document(model, rows, matrix))
+        print_json(ratios_document(found, rows, matrix))
         return
     out = console()
-    out.print(ratios_table(f"{model}: $ per million output tokens, the same tokens/s/user on both sides", rows))
+    out.print(ratios_table(found, rows))
     if matrix:
-        out.print(mismatched_table("times cheaper, unlike tokens/s/user: rows from, columns to", matrix))
-    for line in ratios_lines(found[0].side, found[1].side, most):
+        out.print(mismatched_table(matrix))
+    for line in ratios_lines(found, most):
         out.print(line, soft_wrap=True)
 
 

@@ -21,9 +21,14 @@ from ...bench.model_config import ModelConfig
 from ..prices import Price, price_lookup
 from ..study import choose_precision
 from ..sweep import DEFAULT_MAX_MODELLED, DEFAULT_PARALLEL, DEFAULT_STACKS, Parallel
-from .waterfall import Impossible, Point, Priced, Pricer
+from ..workload.serving import Request
+from .acceptance import get_acceptance
+from .speculative import MTP
+from .waterfall_point import Impossible, Point, Priced, Pricer
 
 SEARCHED_PARALLEL = (*DEFAULT_PARALLEL, "dp64-ep64")
+DEFAULT_CONTEXT = 4096
+AGGREGATED, DISAGGREGATED = SERVINGS = ("aggregated", "disaggregated")
 SEARCHED_SEQUENCES = (
     1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096,
 )  # fmt: skip
@@ -34,7 +39,8 @@ SEARCHED_SEQUENCES = (
 class Side:
     """What is known of one side. ``stacks``, ``precisions``, ``parallels``: each is tried.
 
-    ``batch_per_gpu``: None tries ``SEARCHED_SEQUENCES`` up to what fits.
+    ``batch_per_gpu``: None tries ``SEARCHED_SEQUENCES`` up to what fits. ``prefill_parallels``: splits of GPUs that
+    only prefill, of which the cheapest is taken; none: the same GPUs do both. The rest as in ``Point``.
     """
 
     gpu: Gpu
@@ -46,7 +52,11 @@ class Side:
     context: int = 4096
     drafts: int = 0
     acceptance_length: float = 1.0
+    acceptance_source: str = ""
+    drafter: str = MTP
     load: str = "balanced"
+    request: Request | None = None
+    prefill_parallels: tuple[Parallel, ...] = ()
 
     def __len__(self) -> int:
         return len(self.precisions) * len(self.stacks) * len(self.parallels)
@@ -59,33 +69,79 @@ class Side:
                     batch = self.batch_per_gpu or 1 / parallel.attention_tp
                     yield Point(
                         self.gpu, stack, self.price, precision, parallel, batch, self.context, self.drafts,
-                        self.acceptance_length, self.load,
+                        self.acceptance_length, self.acceptance_source, self.drafter, self.load, self.request,
                     )  # fmt: skip
 
 
 def make_side(
     model: ModelConfig, name: str, gpu: str, *, stack: Sequence[str] | None, precision: Sequence[str] | None,
     kv_format: Sequence[str] | None, parallel: Sequence[str] | None, batch: float | None, drafts: int,
-    acceptance: float | None, tier: str, book: str | None, usd_per_gpu_hour: float | None,
-    price_file: Path | None, context: int, load: str,
+    acceptance: str | None, drafter: str, tier: str, book: str | None, usd_per_gpu_hour: float | None,
+    price_file: Path | None, context: int | None, load: str, request: Request | None, serving: str,
+    prefill_parallel: Sequence[str] | None,
 ) -> Side:  # fmt: skip
     """A side from names; None means the default of that option. ``name``: "from" or "to", for messages.
 
+    ``acceptance``: a number or a row of ``acceptance.MEASURED``. ``context``: None is that of the request, or 4096.
+
     Raises:
-        ValueError: an unknown name, a missing price, drafts without an acceptance length.
+        ValueError: an unknown name, a missing price, drafts without an acceptance length, GPUs that prefill without a
+            request.
     """
-    if drafts and acceptance is None:
-        raise ValueError(f"{name}_acceptance: expected the tokens kept per step with {name}_drafts {drafts}; got none")
+    length, source = _acceptance(name, drafts, acceptance)
     found = get_gpu(gpu)
     precisions = tuple(
         dict.fromkeys(choose_precision(model, each, kv) for each in precision or (None,) for kv in kv_format or (None,))
     )
-    side = Side(
-        found, price_lookup(usd_per_gpu_hour, tier, book, price_file)(found.name), precisions,
-        tuple(stack or DEFAULT_STACKS), batch_per_gpu=batch, context=context, drafts=drafts,
-        acceptance_length=acceptance or 1.0, load=load,
+    if serving not in SERVINGS:
+        raise ValueError(f"{name}_serving: expected {' or '.join(SERVINGS)}; got {serving!r}")
+    is_apart = serving == DISAGGREGATED
+    if prefill_parallel and not is_apart:
+        raise ValueError(f"{name}_prefill_parallel: expected {name}_serving {DISAGGREGATED} with it; got {serving}")
+    if is_apart and request is None:
+        raise ValueError(f"{name}_serving: expected input and output tokens with {DISAGGREGATED}; got none")
+    splits = _parallels(prefill_parallel or SEARCHED_PARALLEL)
+    price = price_lookup(usd_per_gpu_hour, tier, book, price_file)(found.name)
+    return Side(
+        found, price, precisions, tuple(stack or DEFAULT_STACKS), _parallels(parallel or SEARCHED_PARALLEL), batch,
+        context or (request.context if request else DEFAULT_CONTEXT), drafts, length, source, drafter, load, request,
+        splits if is_apart else (),
     )  # fmt: skip
-    return replace(side, parallels=tuple(Parallel.parse(each) for each in parallel)) if parallel else side
+
+
+def make_request(input_tokens: int | None, cached_tokens: int, output_tokens: int | None) -> Request | None:
+    """A request's lengths; None where none are stated.
+
+    Raises:
+        ValueError: one of input and output without the other, or lengths that cannot be.
+    """
+    if input_tokens is None and output_tokens is None:
+        if cached_tokens:
+            raise ValueError(f"input_tokens: expected them with cached_tokens {cached_tokens}; got none")
+        return None
+    if input_tokens is None or output_tokens is None:
+        missing = "input_tokens" if input_tokens is None else "output_tokens"
+        raise ValueError(f"{missing}: expected both input and output tokens; got none")
+    return Request(input_tokens, cached_tokens, output_tokens)
+
+
+def _parallels(texts: Sequence[str]) -> tuple[Parallel, ...]:
+    return tuple(Parallel.parse(text) for text in texts)
+
+
+def _acceptance(name: str, drafts: int, acceptance: str | None) -> tuple[float, str]:
+    """(tokens kept per step, who says so)."""
+    if acceptance is None:
+        if drafts:
+            raise ValueError(
+                f"{name}_acceptance: expected the tokens kept per step with {name}_drafts {drafts}; got none"
+            )
+        return 1.0, ""
+    try:
+        return float(acceptance), "stated"
+    except ValueError:
+        row = get_acceptance(acceptance)
+        return row.kept_tokens(drafts), row.describe()
 
 
 @dataclass(frozen=True)
@@ -97,23 +153,52 @@ class Found:
     reasons: tuple[str, ...]
 
 
-def find_points(pricer: Pricer, side: Side, advance: Callable[[int, str], None] = lambda of, what: None) -> Found:
+def find_points(
+    pricer: Pricer,
+    side: Side,
+    max_modelled: float = DEFAULT_MAX_MODELLED,
+    advance: Callable[[int, str], None] = lambda of, what: None,
+) -> Found:
     """Prices every point of a side. ``advance(of, what)`` before each (precision, stack, split).
+
+    ``max_modelled``: for the split that prefills, as for the points.
 
     Raises:
         ValueError: none can be; says why the first cannot.
     """
     points: list[Priced] = []
     reasons: dict[str, None] = {}
+    splits: dict[tuple[str, str], Parallel] = {}
     for first in side.points():
         advance(len(side), f"{first.gpu.name} {first.stack} {first.parallel}")
         try:
+            if side.prefill_parallels:
+                key = (first.stack, first.precision.name)
+                splits[key] = splits.get(key) or _prefill_split(pricer, side, first, max_modelled)
+                first = replace(first, prefill_parallel=splits[key])
             points += _batches(pricer, side, first)
         except ValueError as error:
             reasons[f"{first.parallel}: {error}"] = None
     if not points:
         raise ValueError(f"{side.gpu.name}: no point can be: {next(iter(reasons), 'nothing to try')}")
     return Found(side, tuple(points), tuple(reasons))
+
+
+def _prefill_split(pricer: Pricer, side: Side, point: Point, max_modelled: float) -> Parallel:
+    """The split that takes the fewest GPU-seconds per prompt, of those known well enough where there are any."""
+    found: list[tuple[bool, float, int]] = []
+    first_reason = ""
+    for index, split in enumerate(side.prefill_parallels):
+        try:
+            passed = pricer.prefill(point, split)
+        except Impossible as error:
+            first_reason = first_reason or f"{split}: {error}"
+            continue
+        is_unknown = passed.coverage()["modelled"] > max_modelled
+        found.append((is_unknown, passed.time_s * split.attention_tp / passed.sequences, index))
+    if not found:
+        raise Impossible(f"prefill_parallel: {first_reason}")
+    return side.prefill_parallels[min(found)[2]]
 
 
 def _batches(pricer: Pricer, side: Side, first: Point) -> list[Priced]:
@@ -138,7 +223,7 @@ def cheapest(
     fit = [
         point
         for point in found.points
-        if point.tokens_per_s_per_user >= min_tokens_per_s_per_user and point.coverage()["modelled"] <= max_modelled
+        if point.tokens_per_s_per_user >= min_tokens_per_s_per_user and point.coverage["modelled"] <= max_modelled
     ]
     return min(fit, key=lambda point: point.usd_per_mtok, default=None)
 
@@ -152,11 +237,11 @@ def _need_cheapest(found: Found, min_tokens_per_s_per_user: float, max_modelled:
     best = cheapest(found, min_tokens_per_s_per_user, max_modelled)
     if best is not None:
         return best
-    known = [point for point in found.points if point.coverage()["modelled"] <= max_modelled]
+    known = [point for point in found.points if point.coverage["modelled"] <= max_modelled]
     if not known:
         raise ValueError(
             f"max_modelled: expected a share that some point of {found.side.gpu.name} keeps; got {max_modelled:g}, and "
-            f"the best known has {min(point.coverage()['modelled'] for point in found.points):.0%} modelled"
+            f"the best known has {min(point.coverage['modelled'] for point in found.points):.0%} modelled"
         )
     fastest = max(point.tokens_per_s_per_user for point in known)
     raise ValueError(

@@ -15,7 +15,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .waterfall import GROUPS, Impossible, Point, Priced, Pricer, Waterfall, changed, changed_groups, waterfall
+from .waterfall import Waterfall, changed, changed_groups, waterfall
+from .waterfall_point import GROUPS, Impossible, Point, Priced, Pricer
 
 MAX_CHANGES = 10
 
@@ -126,6 +127,8 @@ def ordered_waterfall(pricer: Pricer, start: Point, end: Point, order: str | Non
     _check_number(wanted)
     for each in (start, end):
         pricer(each)
+    if (start.request is None) != (end.request is None):
+        return waterfall(pricer, start, end, wanted)  # refuses them
     works = possible_order(pricer, start, end, wanted)
     if works == wanted:
         return waterfall(pricer, start, end, wanted)

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ...bench.decode_plan import OMITTED
 from ...bench.published import PROVENANCES
 from ...bench.tables import number, plain_table
-from .waterfall import Priced, Waterfall
-from .waterfall_ends import Ratio, Side
+from .waterfall import Waterfall
+from .waterfall_ends import Found, Ratio
 from .waterfall_orders import Orders, order_text
+from .waterfall_point import Priced
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,7 +22,6 @@ Limits = Sequence[float | None]
 """Tokens/s/user that each end had to reach; None where its batch was given."""
 
 SCHEMA_VERSION = 1
-DENOMINATOR = "output tokens"
 SHORT: dict[str, str] = dict(zip(PROVENANCES, ("here", "meas", "interp here", "interp", "model"), strict=True))
 WHAT_IF = "modelled: what-if by roofline"
 
@@ -51,23 +50,31 @@ def priced_dict(priced: Priced) -> dict[str, Any]:
         "context": point.context,
         "drafts": point.drafts,
         "acceptance_length": point.acceptance_length,
+        "acceptance_source": point.acceptance_source,
+        "drafter": point.drafter if point.drafts else None,
+        "input_tokens": point.request.input_tokens if point.request else None,
+        "cached_tokens": point.request.cached_tokens if point.request else None,
+        "output_tokens": point.request.output_tokens if point.request else None,
+        "prefill_parallel": str(point.prefill_parallel) if point.prefill_parallel else None,
+        "prefill_gpus_per_decode_gpu": priced.prefill_per_decode_gpu if priced.prefill else None,
         "load": point.load,
         "usd_per_gpu_hour": point.price.usd_per_gpu_hour,
         "price_source": point.price.describe(),
         "tokens_per_s_per_gpu": priced.tokens_per_s_per_gpu,
         "tokens_per_s_per_user": priced.tokens_per_s_per_user,
         "usd_per_mtok_output": priced.usd_per_mtok,
-        "coverage": priced.coverage(),
+        "denominator": priced.denominator,
+        "coverage": priced.coverage,
     }
 
 
 def waterfall_document(
-    shown: Waterfall, orders: Orders, intervals: Sequence[Percentiles] = (), limits: Limits = (None, None)
+    shown: Waterfall, orders: Orders, intervals: Sequence[Percentiles | None] = (), limits: Limits = (None, None)
 ) -> dict[str, Any]:  # fmt: skip
     """The machine-readable result. ``intervals``: of the two ends, at their own prices."""
     ends = [priced_dict(shown.start), priced_dict(shown.end)]
     for end, interval in zip(ends, intervals, strict=False):
-        end["usd_per_mtok_output_at_price"] = asdict(interval)
+        end["usd_per_mtok_output_at_price"] = asdict(interval) if interval else None
     cumulative, factors = 1.0, []
     for factor in shown.factors:
         cumulative *= factor.factor
@@ -88,7 +95,7 @@ def waterfall_document(
     return {
         "schema_version": SCHEMA_VERSION,
         "model": shown.start.step.model.name,
-        "denominator": DENOMINATOR,
+        "denominator": _denominator(shown),
         "from": ends[0],
         "to": ends[1],
         "from_min_tokens_per_s_per_user": limits[0],
@@ -112,8 +119,11 @@ def waterfall_document(
 
 def omitted(shown: Waterfall) -> tuple[str, ...]:
     """What no figure of the waterfall contains."""
-    drafts = ("the draft model's own time",) if shown.start.point.drafts or shown.end.point.drafts else ()
-    return (*OMITTED, *drafts)
+    return tuple(dict.fromkeys((*shown.start.omitted, *shown.end.omitted)))
+
+
+def _denominator(shown: Waterfall) -> str:
+    return " against ".join(dict.fromkeys((shown.start.denominator, shown.end.denominator)))
 
 
 def waterfall_table(shown: Waterfall, orders: Orders) -> Table:
@@ -139,11 +149,11 @@ def waterfall_table(shown: Waterfall, orders: Orders) -> Table:
         )
         if factor.name == "gpu: kernels" and "gpu" in soft:
             rows.append(_whole_gpu(shown, soft["gpu"]))
-    kinds = "/".join(SHORT[name] for name in shown.start.coverage())
+    kinds = "/".join(SHORT[name] for name in shown.start.coverage)
     columns = (
         "change", "from", "to", kinds, "$/M before", "after", "x", "cumulative", "x, mean of orders", "least .. most",
     )  # fmt: skip
-    title = f"{shown.start.step.model.name}: $ per million {DENOMINATOR}, x = after / before"
+    title = f"{shown.start.step.model.name}: $ per million {_denominator(shown)}, x = after / before"
     return plain_table(title, columns, rows, left=4)
 
 
@@ -159,19 +169,36 @@ def end_lines(name: str, priced: Priced, interval: Percentiles | None = None) ->
     return [
         f"{name}: {priced.describe()}",
         f"  {priced.tokens_per_s_per_gpu:,.0f} tokens/s/GPU, {priced.tokens_per_s_per_user:.1f} tokens/s/user, "
-        f"${priced.usd_per_mtok:.4g}/M {DENOMINATOR}{span}; of the time, {shares_text(priced.coverage())}",
+        f"${priced.usd_per_mtok:.4g}/M {priced.denominator}{_of_total(priced)}{span}",
+        f"  of the GPU time, {shares_text(priced.coverage)}{_prefill_gpus(priced)}",
         f"  price ${point.price.usd_per_gpu_hour:g}/GPU-h: {point.price.describe()}",
     ]
 
 
+def _of_total(priced: Priced) -> str:
+    request = priced.point.request
+    if request is None:
+        return ""
+    return f", ${priced.usd_per_mtok * request.output_tokens / request.total_tokens:.4g}/M of input and output tokens"
+
+
+def _prefill_gpus(priced: Priced) -> str:
+    if priced.prefill is None:
+        return ""
+    ratio = priced.prefill_per_decode_gpu
+    if priced.point.prefill_parallel is None:
+        return f"; {ratio / (1 + ratio):.0%} of it prefill"
+    return f"; {ratio:.2f} GPUs prefill for each that decodes, paid for"
+
+
 def waterfall_lines(
-    shown: Waterfall, orders: Orders, intervals: Sequence[Percentiles] = (), limits: Limits = (None, None)
+    shown: Waterfall, orders: Orders, intervals: Sequence[Percentiles | None] = (), limits: Limits = (None, None)
 ) -> list[str]:  # fmt: skip
     first, last = intervals if intervals else (None, None)
     lines = [
         *end_lines("from", shown.start, first),
         *end_lines("to", shown.end, last),
-        f"total: ${shown.start.usd_per_mtok:.4g} to ${shown.end.usd_per_mtok:.4g} per million {DENOMINATOR}, "
+        f"total: ${shown.start.usd_per_mtok:.4g} to ${shown.end.usd_per_mtok:.4g} per million {_denominator(shown)}, "
         f"x {shown.total:.4g}: {1 / shown.total:.3g} times cheaper, at these two operating points; {_chosen(limits)}",
         f"order: {order_text(shown.order)}; a change's x depends on it, the total does not. {orders.possible} of "
         f"{orders.all} orders can be ({orders.points} points); their mean is geometric",
@@ -182,7 +209,7 @@ def waterfall_lines(
             "the tables of the two GPUs leave of that"
         )
     if shown.unchanged:
-        lines.append("the same at both ends: " + ", ".join(f"{g} {shown.start.point.show(g)}" for g in shown.unchanged))
+        lines.append("the same at both ends: " + "; ".join(shown.start.point.show(g) for g in shown.unchanged))
     return [*lines, "left out: " + "; ".join(omitted(shown))]
 
 
@@ -196,12 +223,14 @@ def _chosen(limits: Limits) -> str:
 # -- ratios over interactivity -------------------------------------------------------------------
 
 
-def ratios_document(model: str, rows: Sequence[Ratio], matrix: Sequence[Sequence[Ratio]] = ()) -> dict[str, Any]:
+def ratios_document(
+    found: Sequence[Found], rows: Sequence[Ratio], matrix: Sequence[Sequence[Ratio]] = ()
+) -> dict[str, Any]:
     """Same interactivity on both sides (``rows``), each against each (``matrix``); null: a side has no such point."""
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": model,
-        "denominator": DENOMINATOR,
+        "model": found[0].points[0].step.model.name,
+        "denominator": _sides_denominator(found),
         "rows": [_ratio_dict(row) for row in rows],
         "mismatched": [
             [
@@ -214,8 +243,16 @@ def ratios_document(model: str, rows: Sequence[Ratio], matrix: Sequence[Sequence
             ]
             for row in matrix
         ],
-        "omitted": list(OMITTED),
+        "omitted": list(_sides_omitted(found)),
     }
+
+
+def _sides_denominator(found: Sequence[Found]) -> str:
+    return " against ".join(dict.fromkeys(each.points[0].denominator for each in found))
+
+
+def _sides_omitted(found: Sequence[Found]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(what for each in found for what in each.points[0].omitted))
 
 
 def _ratio_dict(row: Ratio) -> dict[str, Any]:
@@ -228,22 +265,24 @@ def _ratio_dict(row: Ratio) -> dict[str, Any]:
     }
 
 
-def ratios_lines(before: Side, after: Side, max_modelled: float) -> list[str]:
+def ratios_lines(found: Sequence[Found], max_modelled: float) -> list[str]:
     """What both tables are of."""
-    lines = [
-        f"{name}: {side.gpu.title}, ${side.price.usd_per_gpu_hour:g}/GPU-h: {side.price.describe()}"
-        for name, side in (("from", before), ("to", after))
-    ]
-    tried = [
-        f"{len(side.precisions)} precisions, {len(side.stacks)} stacks, {len(side.parallels)} splits"
-        for side in (before, after)
-    ]
+    lines = []
+    for name, each in zip(("from", "to"), found, strict=True):
+        side, point = each.side, each.points[0].point
+        tried = [", ".join(f"{p.name} (KV {p.kv})" for p in side.precisions), ", ".join(side.stacks)]
+        tried += [f"{len(side.parallels)} splits", f"{len(each.points)} points"]
+        apart = f"own GPUs prefill, {len(side.prefill_parallels)} splits" if side.prefill_parallels else ""
+        lines += [
+            f"{name}: {side.gpu.title}, ${side.price.usd_per_gpu_hour:g}/GPU-h: {side.price.describe()}",
+            f"  tried: {', '.join(tried)}; {point.show('context')}; {point.show('drafts')}; "
+            + (apart or point.show("disaggregation")),
+        ]
     return [
         *lines,
-        f"each point is the cheapest of its side that is so fast; tried: from {tried[0]}, to {tried[1]}; none with "
-        f"more than {max_modelled:.0%} of its time modelled; {before.context} tokens of context"
-        + (f" (to: {after.context})" if after.context != before.context else ""),
-        "left out: " + "; ".join(OMITTED),
+        f"each point is the cheapest of its side that is so fast; none with more than {max_modelled:.0%} of its time "
+        "modelled",
+        "left out: " + "; ".join(_sides_omitted(found)),
     ]
 
 
@@ -252,15 +291,16 @@ def point_text(priced: Priced | None) -> str:
     if priced is None:
         return "no such point"
     point = priced.point
-    drafts = f" {point.drafts} drafts" if point.drafts else ""
+    drafts = f" {point.drafts} draft{'s' if point.drafts > 1 else ''}" if point.drafts else ""
+    drafts += f", prefill {point.prefill_parallel}" if point.prefill_parallel else ""
     return (
         f"{point.stack} {point.precision.name} {point.parallel} batch {point.batch_per_gpu:g}{drafts}: "
         f"{number(priced.tokens_per_s_per_user, 3)}/user, {number(priced.tokens_per_s_per_gpu, 4)}/GPU, "
-        f"${number(priced.usd_per_mtok)}, {priced.coverage()['modelled']:.0%} modelled"
+        f"${number(priced.usd_per_mtok)}, {priced.coverage['modelled']:.0%} modelled"
     )
 
 
-def ratios_table(title: str, rows: Sequence[Ratio]) -> Table:
+def ratios_table(found: Sequence[Found], rows: Sequence[Ratio]) -> Table:
     """Same interactivity on both sides: how many times cheaper, and both operating points."""
     cells = [
         (
@@ -272,15 +312,17 @@ def ratios_table(title: str, rows: Sequence[Ratio]) -> Table:
         )
         for row in rows
     ]
+    model = found[0].points[0].step.model.name
+    title = f"{model}: $ per million {_sides_denominator(found)}, the same tokens/s/user on both sides"
     columns = ("tokens/s/user >=", "from", "to", "x tokens/s/GPU", "times cheaper")
     return plain_table(title, columns, cells, left=3)
 
 
-def mismatched_table(title: str, matrix: Sequence[Sequence[Ratio]]) -> Table:
+def mismatched_table(matrix: Sequence[Sequence[Ratio]]) -> Table:
     """Times cheaper, a row per limit of ``from``, a column per limit of ``to``."""
     columns = ("from >= \\ to >=", *(f"{each.min_after:g}" for each in matrix[0]))
     cells = [
         (f"{row[0].min_before:g}", *(number(each.factor, 2 if (each.factor or 0) < 10 else 3) for each in row))
         for row in matrix
     ]
-    return plain_table(title, columns, cells, left=1)
+    return plain_table("Times cheaper, unlike tokens/s/user: rows from, columns to", columns, cells, left=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from tokenfab.__main__ import cli
 from tokenfab.bench.gpus import get_gpu
 from tokenfab.bench.models import load_model
 from tokenfab.bench.published import PublishedData
-from tokenfab.costing.levers.waterfall import Pricer
 from tokenfab.costing.levers.waterfall_ends import (
     SEARCHED_SEQUENCES,
     Found,
@@ -22,8 +22,11 @@ from tokenfab.costing.levers.waterfall_ends import (
     mismatched,
     ratios,
 )
+from tokenfab.costing.levers.waterfall_point import Pricer
 from tokenfab.costing.levers.waterfall_view import mismatched_table, ratios_table
 from tokenfab.costing.study import run_study, study
+from tokenfab.costing.sweep import Parallel
+from tokenfab.costing.workload.serving import Request
 
 MODEL = "qwen3-30b-a3b"
 SPLITS = ("tp1", "tp2", "dp2-ep2-ag")
@@ -44,9 +47,13 @@ def refused(*arguments: str) -> str:
 
 def side_options(**more: Any) -> dict[str, Any]:
     none = dict.fromkeys(
-        ("stack", "precision", "kv_format", "batch", "acceptance", "book", "usd_per_gpu_hour", "price_file")
-    )
-    fixed = {"parallel": SPLITS, "drafts": 0, "tier": "rent_3yr", "context": 4096, "load": "balanced"}
+        ("stack", "precision", "kv_format", "batch", "acceptance", "book", "usd_per_gpu_hour", "price_file", "context",
+         "request", "prefill_parallel")
+    )  # fmt: skip
+    fixed = {
+        "parallel": SPLITS, "drafts": 0, "drafter": "mtp", "tier": "rent_3yr", "load": "balanced",
+        "serving": "aggregated",
+    }  # fmt: skip
     return none | fixed | more
 
 
@@ -100,7 +107,7 @@ def test_both_sides_are_the_cheapest_at_the_same_interactivity(
 def test_a_side_that_is_never_so_fast_has_no_ratio(sides: tuple[Found, Found]) -> None:
     (row,) = ratios(*sides, [1e5], 1.0)
     assert (row.before, row.after, row.factor, row.throughput) == (None, None, None, None)
-    ratios_table("title", [row])
+    ratios_table(sides, [row])
     matrix = mismatched(*sides, [20, 100, 1e5], 1.0)
     assert [[each.factor is None for each in line] for line in matrix] == [
         [False, False, True], [False, False, True], [True] * 3
@@ -108,7 +115,7 @@ def test_a_side_that_is_never_so_fast_has_no_ratio(sides: tuple[Found, Found]) -
     assert matrix[1][0].factor > matrix[0][0].factor  # type: ignore[operator]  # the faster the start, the dearer it is
     assert matrix[0][1].min_before == 20
     assert matrix[0][1].min_after == 100
-    mismatched_table("title", matrix)
+    mismatched_table(matrix)
     slow, fast = cheapest(sides[0], 20, 1.0), cheapest(sides[0], 100, 1.0)
     assert slow is not None
     assert fast is not None
@@ -139,7 +146,7 @@ def test_the_document_is_whole() -> None:
         assert 0 < span["p5"] <= span["p50"] <= span["p95"]
         assert span["p5"] <= document[end]["usd_per_mtok_output"] * 1.05
         assert sum(document[end]["coverage"].values()) == pytest.approx(1)
-    assert document["denominator"] == "output tokens"
+    assert document["denominator"] == "output tokens (decode GPUs only)"
     assert document["points"][-1]["operating_point"] == document["to"]["operating_point"]
     assert document["orders"]["possible"] <= document["orders"]["all"]
 
@@ -171,7 +178,54 @@ def test_drafts_are_kept_tokens_of_a_longer_step() -> None:
     assert row["factor"] == "drafts"
     assert 1 / 1.85 < row["ratio"] < 1.3
     assert document["to"]["acceptance_length"] == 1.85
-    assert "the draft model's own time" in document["omitted"]
+    assert document["to"]["acceptance_source"] == "stated"
+    assert any(what.startswith("drafting: ") for what in document["omitted"])
+    named = explain(
+        *ENDS, "--to-drafts", "3", "--to-acceptance", "qwen3.5-397b-mtp", "--max-modelled", "1",
+        "--min-tokens-per-s-per-user", "60",
+    )  # fmt: skip
+    assert named["to"]["acceptance_length"] == 3.39
+    assert "InferenceX" in named["to"]["acceptance_source"]
+    assert named["to"]["tokens_per_s_per_user"] >= 60
+
+
+def test_a_request_has_prefill_in_every_figure(pricer: Pricer) -> None:
+    lengths = ("--input-tokens", "2000", "--cached-tokens", "500", "--output-tokens", "400", "--max-modelled", "1")
+    apart = ("--to-serving", "disaggregated", "--to-prefill-parallel", "tp1,tp2,tp4")
+    document = explain(*ENDS, *lengths, *apart, "--min-tokens-per-s-per-user", "50")
+    assert document["denominator"] == "output tokens (prefill and decode GPUs)"
+    assert {row["factor"] for row in document["factors"]} >= {"price", "gpu: kernels", "disaggregation"}
+    assert document["from"]["context"] == document["to"]["context"] == 2200
+    assert document["from"]["prefill_parallel"] is None
+    assert document["from"]["usd_per_mtok_output_at_price"] is None
+    assert document["to"]["prefill_gpus_per_decode_gpu"] > 0
+    for end in ("from", "to"):
+        assert document[end]["tokens_per_s_per_user"] >= 50
+    result = CliRunner().invoke(cli, ["explain", *ENDS, *lengths, *apart])
+    assert result.exit_code == 0, result.output
+    assert "GPUs prefill for each that decodes, paid for" in result.output
+    assert "of it prefill" in result.output
+    assert "/M of input and output tokens" in result.output
+
+
+def test_the_cheapest_split_prefills(pricer: Pricer) -> None:
+    request, asked = Request(2000, 500, 400), ["tp1", "tp2", "tp4-ep4", "tp8"]
+    side = make_side(
+        pricer.model, "to", "h100",
+        **side_options(request=request, serving="disaggregated", prefill_parallel=asked, stack=["vllm"], batch=8),
+    )  # fmt: skip
+    found = find_points(pricer, side, 1.0)
+    (chosen,) = {str(priced.point.prefill_parallel) for priced in found.points}
+    alike = {}
+    for split in asked:
+        only = replace(side, prefill_parallels=(Parallel.parse(split),))
+        alike[split] = min(priced.usd_per_mtok for priced in find_points(pricer, only, 1.0).points)
+    assert chosen == min(alike, key=lambda split: alike[split])
+    assert min(priced.usd_per_mtok for priced in found.points) == min(alike.values())
+    assert len(set(alike.values())) == len(asked)
+    large = Pricer(load_model("deepseek-r1"), pricer.data)
+    with pytest.raises(ValueError, match="prefill_parallel: tp1: memory"):
+        find_points(large, replace(side, prefill_parallels=(Parallel(),), parallels=(Parallel(8, 1, 8),)), 1.0)
 
 
 def test_ratios_and_the_matrix_of_unlike_interactivity() -> None:
@@ -193,6 +247,7 @@ def test_ratios_and_the_matrix_of_unlike_interactivity() -> None:
 
 
 def test_what_cannot_be_is_one_line() -> None:
+    one = ("--from-stack", "vllm", "--to-stack", "vllm", "--from-parallel", "tp2", "--to-parallel", "tp2")
     assert refused("--model", MODEL, "--from", "h100") == (
         "error: to: expected --model, --from and --to, or --claim; got none\n"
     )
@@ -211,12 +266,24 @@ def test_what_cannot_be_is_one_line() -> None:
     assert "tokens_per_s_per_user: expected limits of 0 or more; got nan" in refused(*ENDS, "--at", "20,nan")
     assert "max_modelled: expected a share of 0 to 1; got 1.5" in refused(*ENDS, "--max-modelled", "1.5")
     assert "max_modelled: expected a share that some point of h100 keeps; got 0, and the best known has" in refused(
-        *ENDS, "--max-modelled", "0"
+        *ENDS, *one, "--max-modelled", "0"
     )
-    fast = refused(*ENDS, "--min-tokens-per-s-per-user", "99999", "--max-modelled", "1")
+    fast = refused(*ENDS, *one, "--min-tokens-per-s-per-user", "99999", "--max-modelled", "1")
     assert "min_tokens_per_s_per_user: expected at most the" in fast
     assert "that h100 reaches; got 99999" in fast
-    assert "order: expected some of price, gpu" in refused(*ENDS, "--order", "speed")
+    assert "output_tokens: expected both input and output tokens; got none" in refused(*ENDS, "--input-tokens", "9")
+    assert "input_tokens: expected them with cached_tokens 9; got none" in refused(*ENDS, "--cached-tokens", "9")
+    assert "to_serving: expected input and output tokens with disaggregated; got none" in refused(
+        *ENDS, "--to-serving", "disaggregated"
+    )
+    assert "to_serving: expected aggregated or disaggregated; got 'both'" in refused(*ENDS, "--to-serving", "both")
+    assert "to_prefill_parallel: expected to_serving disaggregated with it; got aggregated" in refused(
+        *ENDS, "--to-prefill-parallel", "tp2"
+    )
+    assert "acceptance: expected one of deepseek-v3-mtp-low" in refused(
+        *ENDS, "--to-drafts", "1", "--to-acceptance", "nobody"
+    )
+    assert "order: expected some of price, gpu" in refused(*ENDS, *one, "--order", "speed")
     assert "h100: no point can be: tp1: precision: nvfp4 is nvfp4 x nvfp4; h100 has no FP4 matrix units" in refused(
         *ENDS, "--from-precision", "nvfp4"
     )

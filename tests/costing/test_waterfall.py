@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 from functools import cache
+from random import Random
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,17 +16,12 @@ from tokenfab.bench.deployment import Deployment, get_precision
 from tokenfab.bench.gpus import Gpu, get_gpu
 from tokenfab.bench.models import load_model
 from tokenfab.bench.ops import Op
+from tokenfab.bench.prefill_time import prefill_time
 from tokenfab.bench.published import PublishedData
 from tokenfab.bench.step_time import published_step
-from tokenfab.costing.levers.waterfall import (
-    GROUPS,
-    SPLIT,
-    Impossible,
-    Point,
-    Pricer,
-    changed_groups,
-    waterfall,
-)
+from tokenfab.costing.levers.acceptance import Acceptance
+from tokenfab.costing.levers.speculative import Drafter, Speculation, most_sequences
+from tokenfab.costing.levers.waterfall import SPLIT, changed_groups, waterfall
 from tokenfab.costing.levers.waterfall_orders import (
     all_orders,
     order_text,
@@ -33,9 +29,11 @@ from tokenfab.costing.levers.waterfall_orders import (
     parse_order,
     possible_order,
 )
+from tokenfab.costing.levers.waterfall_point import GROUPS, PASS_TOKENS, Impossible, Point, Pricer
 from tokenfab.costing.levers.waterfall_view import waterfall_document, waterfall_lines, waterfall_table
 from tokenfab.costing.prices import PriceBook, stated_price
 from tokenfab.costing.sweep import Parallel
+from tokenfab.costing.workload.serving import Request
 
 BOOK = PriceBook.read()
 MODEL = "qwen3-30b-a3b"
@@ -76,23 +74,51 @@ points = st.builds(
 )  # fmt: skip
 
 
-def usd_by_hand(at: Point, model: str = MODEL) -> float:
-    """$/M straight from the step's ops, by the plain formula."""
-    data, split = pricer(model).data, at.parallel
-    deployment = Deployment(
-        split.gpus, split.attention_tp, split.expert_parallel, at.precision, at.batch_per_gpu, at.context,
-        1 + at.drafts, at.acceptance_length, load=at.load, exchange="all_gather" if split.all_gather else "all_to_all",
+requests = st.sampled_from([None, Request(3000, 0, 500), Request(500, 100, 2000), Request(9000, 8000, 1)])
+prefills = st.sampled_from([None, *map(Parallel.parse, ("tp1", "tp4", "dp2-ep2-ag"))])
+
+
+def seconds_by_hand(at: Point, model: str = MODEL) -> tuple[float, float]:
+    """GPU-seconds per output token: (decode, prefill), from what one replica does in a second or a pass."""
+    data, config = pricer(model).data, load_model(model)
+
+    def deployment(split: Parallel, batch: float) -> Deployment:
+        return Deployment(
+            split.gpus, split.attention_tp, split.expert_parallel, at.precision, batch, at.context, 1 + at.drafts,
+            at.acceptance_length, load=at.load, exchange="all_gather" if split.all_gather else "all_to_all",
+        )  # fmt: skip
+
+    stack, decode = data.stack(at.gpu, at.stack), deployment(at.parallel, at.batch_per_gpu)
+    ops = list(published_step(data, config, at.gpu, stack, decode).ops)
+    if at.drafts:
+        ops += Drafter.of(at.drafter, config, at.precision).ops(data, at.gpu, stack, decode, at.drafts)
+    replica_tokens = decode.sequences * decode.attention_dp * at.acceptance_length
+    decode_s = decode.gpus * sum(op.time_s for op in ops) / replica_tokens
+    if at.request is None:
+        return decode_s, 0.0
+    split = at.prefill_parallel or at.parallel
+    prompts = max(1, PASS_TOKENS // at.request.new_tokens)
+    passed = prefill_time(
+        data, config, at.gpu, stack, deployment(split, 1 / split.attention_tp), new_tokens=at.request.new_tokens,
+        cached_tokens=at.request.cached_tokens, sequences=prompts,
     )  # fmt: skip
-    step = published_step(data, load_model(model), at.gpu, data.stack(at.gpu, at.stack), deployment)
-    per_s = at.batch_per_gpu * at.acceptance_length / sum(op.time_s for op in step.ops)
-    return at.price.usd_per_gpu_hour / (per_s * 3600) * 1e6
+    tokens_of_pass = prompts * split.attention_dp * at.request.output_tokens
+    return decode_s, split.gpus * passed.time_s / tokens_of_pass
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(points, points, st.randoms(use_true_random=False))
-def test_factors_multiply_to_the_total_in_any_order(start: Point, end: Point, random: object) -> None:
+def usd_by_hand(at: Point, model: str = MODEL) -> float:
+    return at.price.usd_per_gpu_hour * sum(seconds_by_hand(at, model)) / 3600 * 1e6
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(points, points, requests, prefills, prefills, st.randoms(use_true_random=False))
+def test_factors_multiply_to_the_total_in_any_order(
+    start: Point, end: Point, request: Request | None, prefill: Parallel | None, other: Parallel | None, random: Random
+) -> None:
+    start = replace(start, request=request, prefill_parallel=prefill if request else None)
+    end = replace(end, request=request, prefill_parallel=other if request else None)
     order = [(group,) for group in changed_groups(start, end)]
-    random.shuffle(order)  # type: ignore[attr-defined]
+    random.shuffle(order)
     found = waterfall(pricer(), start, end, order)
     assert found.product == pytest.approx(found.total, rel=1e-9)
     assert found.total == pytest.approx(usd_by_hand(end) / usd_by_hand(start), rel=1e-9)
@@ -167,6 +193,79 @@ def test_the_gpu_is_split_by_the_roofline() -> None:
     assert found.factors[3].factor == pytest.approx(found.end.step.step_s / times[3], rel=1e-12)
 
 
+REQUEST = Request(4000, 1000, 500)
+
+
+def test_drafts_are_priced_with_what_makes_them() -> None:
+    """As ``speculate`` prices them, verify step and drafts; what makes drafts takes memory."""
+    drafted = replace(H200, drafts=3, acceptance_length=2.9)
+    priced = pricer("deepseek-r1")(drafted)
+    data, config = pricer("deepseek-r1").data, load_model("deepseek-r1")
+    kept = Acceptance.of_lengths([3], [2.9])
+    stack = data.stack(drafted.gpu, "sglang")
+    like = Speculation(data, config, drafted.gpu, stack, H200.deployment(), drafted.price, kept, [3]).cost(3, 64)
+    assert priced.usd_per_mtok == pytest.approx(like.usd_per_mtok_output, rel=1e-12)
+    assert priced.tokens_per_s_per_user == pytest.approx(like.tokens_per_s_per_user, rel=1e-12)
+    plain = pricer("deepseek-r1")(replace(drafted, drafter="ngram"))
+    assert plain.usd_per_mtok < priced.usd_per_mtok
+    drafter = Drafter.of("mtp", config, drafted.precision)
+    most = most_sequences(config, drafted.gpu, drafted.deployment(), drafter)
+    pricer("deepseek-r1")(replace(drafted, batch_per_gpu=most))
+    with pytest.raises(Impossible, match=f"with what makes drafts holds {most} sequences"):
+        pricer("deepseek-r1")(replace(drafted, batch_per_gpu=most + 1))
+
+
+@pytest.mark.parametrize("apart", [None, Parallel.parse("tp4"), Parallel.parse("dp2-ep2-ag")])
+def test_all_gpus_are_paid_for(apart: Parallel | None) -> None:
+    """At a load: requests x GPU-seconds of each pool are its GPUs; the dollars of all over all output tokens."""
+    at = point(batch=24, request=REQUEST, prefill_parallel=apart)
+    priced, requests_per_s = pricer()(at), 7.0
+    decode_s, prefill_s = (each * REQUEST.output_tokens for each in seconds_by_hand(at))
+    decode_gpus, prefill_gpus = requests_per_s * decode_s, requests_per_s * prefill_s
+    assert prefill_gpus > 0.05 * decode_gpus
+    usd_per_hour = at.price.usd_per_gpu_hour * (decode_gpus + prefill_gpus)
+    tokens_per_hour = requests_per_s * REQUEST.output_tokens * 3600
+    assert priced.usd_per_mtok == pytest.approx(usd_per_hour / tokens_per_hour * 1e6, rel=1e-12)
+    assert priced.prefill_per_decode_gpu == pytest.approx(prefill_gpus / decode_gpus, rel=1e-9)
+    assert priced.tokens_per_s_per_gpu == pytest.approx(tokens_per_hour / 3600 / (decode_gpus + prefill_gpus))
+    alone = 1 / priced.step.step_s
+    waits = alone if apart else alone * decode_s / (decode_s + prefill_s)
+    assert priced.tokens_per_s_per_user == pytest.approx(waits, rel=1e-12)
+    without = pricer()(replace(at, request=None, prefill_parallel=None))
+    assert without.usd_per_mtok == pytest.approx(priced.usd_per_mtok * decode_s / (decode_s + prefill_s))
+    assert without.denominator == "output tokens (decode GPUs only)"
+    assert priced.denominator == "output tokens (prefill and decode GPUs)"
+    assert any(each.startswith("prefill: ") for each in without.omitted)
+    assert not any(each.startswith("prefill: ") for each in priced.omitted)
+    assert sum(priced.coverage.values()) == pytest.approx(1)
+    shares = {kind: 0.0 for kind in priced.coverage}
+    assert priced.prefill is not None
+    for kind in shares:
+        shares[kind] += decode_s / (decode_s + prefill_s) * priced.step.coverage()[kind]
+        shares[kind] += prefill_s / (decode_s + prefill_s) * priced.prefill.coverage()[kind]
+    assert priced.coverage == pytest.approx(shares)
+    assert priced.interval(pricer().data) is None
+    assert without.interval(pricer().data) is not None
+
+
+def test_disaggregation_is_a_change_like_another() -> None:
+    start = point(batch=24, request=REQUEST)
+    end = replace(start, prefill_parallel=Parallel.parse("tp1"), batch_per_gpu=40)
+    found = ordered_waterfall(pricer(), start, end)
+    assert [factor.name for factor in found.factors] == ["disaggregation", "batch"]
+    assert found.factors[0].factor == pytest.approx(
+        sum(seconds_by_hand(replace(end, batch_per_gpu=24))) / sum(seconds_by_hand(start)), rel=1e-9
+    )
+    same = replace(start, prefill_parallel=start.parallel)  # GPUs of their own, split alike: as dear, users wait less
+    alike = ordered_waterfall(pricer(), start, same)
+    assert [factor.factor for factor in alike.factors] == [1.0]
+    assert alike.end.tokens_per_s_per_user > alike.start.tokens_per_s_per_user
+    with pytest.raises(ValueError, match="request: expected input and output tokens at both ends, or at none"):
+        ordered_waterfall(pricer(), point(), start)
+    with pytest.raises(ValueError, match="request: expected input and output tokens with GPUs that prefill; got none"):
+        point(prefill_parallel=Parallel.parse("tp1"))
+
+
 def brute_force(start: Point, end: Point, groups: tuple[str, ...]) -> tuple[int, dict[str, list[float]]]:
     """Every order walked on its own: the factors of each change in those that can be."""
     factors: dict[str, list[float]] = {group: [] for group in groups}
@@ -207,7 +306,9 @@ def test_the_way_back_puts_precision_before_the_gpu() -> None:
     assert order.index("precision") < order.index("gpu")
     there = ordered_waterfall(pricer("deepseek-r1"), H200, GB300)
     assert found.total * there.total == pytest.approx(1, rel=1e-12)
-    assert [name for step in there.order for name in step] == [name for name in GROUPS if name != "context"]
+    assert [name for step in there.order for name in step] == [
+        name for name in GROUPS if name not in ("context", "disaggregation")
+    ]
 
 
 def test_an_order_that_cannot_be_names_one_that_can() -> None:
@@ -231,7 +332,7 @@ def test_changes_that_can_only_be_made_at_once() -> None:
         ordered_waterfall(pricer(), start, end)
     together = ordered_waterfall(pricer(), start, end, "parallel+batch")
     assert [factor.name for factor in together.factors] == ["parallel+batch"]
-    assert together.factors[0].change_from == "tp8 (8 GPUs); 0.125 sequences/GPU"
+    assert together.factors[0].change_from == "tp8 (8 GPUs, in a domain of 8); 0.125 sequences/GPU"
     assert together.total == pytest.approx(usd_by_hand(end) / usd_by_hand(start), rel=1e-12)
     longer = replace(end, context=8192)  # here the batch fits tp8 before the split, at the shorter context
     found = ordered_waterfall(pricer(), start, longer)
@@ -279,20 +380,20 @@ def test_provenance_order_and_operating_points_are_shown() -> None:
     found = ordered_waterfall(pricer("deepseek-r1"), H200, GB300)
     orders = all_orders(pricer("deepseek-r1"), found)
     for factor, after in zip(found.factors[4:], found.points[1:], strict=False):
-        assert factor.coverage_after == after.coverage()
-    assert found.factors[0].coverage_before == found.start.coverage() == pytest.approx(found.start.step.coverage())
+        assert factor.coverage_after == after.coverage
+    assert found.factors[0].coverage_before == found.start.coverage == pytest.approx(found.start.step.coverage())
     lines = "\n".join(waterfall_lines(found, orders, (), (20.0, 40.0)))
     for part in (
         "from: deepseek-r1 on H200 SXM, sglang 0.5.14, fp8 (KV fp8), 8 GPUs, attention DP8, EP8, all-to-all, 64 "
-        "sequences/GPU x 4096 tokens, no drafts, balanced load",
-        "attention DP8, EP8, all-gather, 256 sequences/GPU x 4096 tokens, 1 drafts, 1.8 kept/step",
+        "sequences/GPU, 4096 tokens of context, balanced load, no drafts, decode GPUs only",
+        "attention DP8, EP8, all-gather, 256 sequences/GPU, 4096 tokens of context, balanced load, 1 mtp draft, 1.8",
         "from the cheapest at >= 20 tokens/s/user, to the cheapest at >= 40 tokens/s/user",
         "price $2.652/GPU-h: own_hyperscaler, 2026-02-01: SemiAnalysis InferenceX",
         "placeholder in the source",
         "times cheaper, at these two operating points",
         "order: price,gpu,stack,precision,parallel,drafts,batch",
-        "the same at both ends: context 4096 tokens, balanced load",
-        "the draft model's own time",
+        "the same at both ends: decode GPUs only; 4096 tokens of context, balanced load",
+        "drafting: the first pass also appends",
     ):  # fmt: skip
         assert part in lines
     assert waterfall_table(found, orders).row_count == len(found.factors) + 1  # the GPU's four once more, together
