@@ -10,7 +10,8 @@ may bind together, none of them alone: then lifting one saves nothing, lifting a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..sweep import Parallel
@@ -74,20 +75,15 @@ class Search:
 
     workload: Workload
     options: Sequence[Options]
-    _found: dict[tuple[int, Limits], Served | None] = field(default_factory=dict)
-
-    def cheapest_of(self, index: int, limits: Limits) -> Served | None:
-        """Of one GPU and stack; None where none serves within the limits."""
-        key = (index, limits)
-        if key not in self._found:
-            self._found[key] = _cheapest_of(self.workload, self.options[index], limits)
-        return self._found[key]
+    _found: dict[tuple[int | None, Limits], tuple[int, Served] | None] = field(default_factory=dict)
 
     def cheapest(self, limits: Limits, only: int | None = None) -> tuple[int, Served] | None:
-        """The least bill, and of which of the options; of option ``only`` alone where given."""
-        places = range(len(self.options)) if only is None else [only]
-        found = [(index, served) for index in places if (served := self.cheapest_of(index, limits))]
-        return min(found, key=lambda each: each[1].usd_per_hour, default=None)
+        """The least bill within the limits, and of which of the options; of option ``only`` alone where given."""
+        key = (only, limits)
+        if key not in self._found:
+            places = range(len(self.options)) if only is None else [only]
+            self._found[key] = _cheapest(self.workload, {index: self.options[index] for index in places}, limits)
+        return self._found[key]
 
     def choose(self, limits: Limits, only: int | None = None) -> Choice | None:
         """The cheapest within the limits, and which of them binds; None where nothing is."""
@@ -114,11 +110,24 @@ class Search:
         found = [name for name in names if self.cheapest(lift(limits, name), only)]
         return found or ([TOGETHER] if self.cheapest(lift(limits, TOGETHER), only) else [])
 
+    def reach(self, limits: Limits, only: int | None = None) -> tuple[float | None, float | None]:
+        """Of what fits: the most tokens/s/user of any step, and the least seconds of prefill at the percentile, nothing
+        waiting; None where nothing fits."""
+        import numpy as np
+
+        offered = self.options if only is None else [self.options[only]]
+        steps = [each for option in offered for each in option.decode if each.fits or not limits.needs_memory]
+        pools = [each for option in offered for each in option.prefill if each.fits or not limits.needs_memory]
+        return (
+            max((each.tokens_per_s_per_user for each in steps), default=None),
+            min((float(np.quantile(each.service_s, limits.ttft_percentile)) for each in pools), default=None),
+        )
+
 
 def cheapest(workload: Workload, options: Iterable[Options], limits: Limits) -> Served | None:
     """The least bill within the limits; None where nothing is."""
     found = Search(workload, list(options)).cheapest(limits)
-    return found and found[1]
+    return None if found is None else found[1]
 
 
 def choose(workload: Workload, options: Sequence[Options], limits: Limits) -> Choice | None:
@@ -126,32 +135,44 @@ def choose(workload: Workload, options: Sequence[Options], limits: Limits) -> Ch
     return Search(workload, options).choose(limits)
 
 
-def _cheapest_of(workload: Workload, option: Options, limits: Limits) -> Served | None:
-    decode = [each for each in option.decode if each.fits or not limits.needs_memory]
-    prefill = [each for each in option.prefill if each.fits or not limits.needs_memory]
-    # one pool has one parallelism; whether it fits is a question to its decode part, which holds the whole batch
-    both = {Parallel.of(each.deployment): each for each in option.prefill}
-    candidates: list[tuple[float, int, bool, PrefillPool, DecodePool]] = []
-
-    def offer(pool: PrefillPool, each: DecodePool, is_split: bool) -> None:
-        bill = least_bill(workload, pool, each, limits, is_split=is_split)
-        if bill is not None:
-            candidates.append((bill, len(candidates), is_split, pool, each))
-
-    for each in decode:
-        same = both.get(Parallel.of(each.deployment))
-        if same is not None:
-            offer(same, each, False)
-        for pool in prefill:
-            offer(pool, each, True)
-    best: Served | None = None
-    for bill, _, is_split, pool, each in sorted(candidates, key=lambda one: one[:2]):
-        if best is not None and best.usd_per_hour <= bill:
+def _cheapest(workload: Workload, options: dict[int, Options], limits: Limits) -> tuple[int, Served] | None:
+    candidates = [each for index, option in options.items() for each in _candidates(workload, index, option, limits)]
+    best: tuple[int, Served] | None = None
+    for each in sorted(candidates, key=lambda each: each.least_bill):
+        most = math.inf if best is None else best[1].usd_per_hour
+        if each.least_bill >= most:
             break
-        if is_split:
-            found = disaggregated(workload, pool, each, limits, *([best.usd_per_hour] if best else []))
+        if each.is_split:
+            served = disaggregated(workload, each.prefill, each.decode, limits, most)
         else:
-            found = aggregated(workload, pool, each, limits)
-        if found is not None and (best is None or found.usd_per_hour < best.usd_per_hour):
-            best = found
+            served = aggregated(workload, each.prefill, each.decode, limits)
+        if served is not None and served.usd_per_hour < most:
+            best = each.option, served
     return best
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A pair of pools, and what they cost at least."""
+
+    least_bill: float
+    option: int
+    prefill: PrefillPool
+    decode: DecodePool
+    is_split: bool
+
+
+def _candidates(workload: Workload, index: int, option: Options, limits: Limits) -> Iterator[_Candidate]:
+    """Every way to serve that one GPU and stack offers, but those that cannot be whatever the number of GPUs."""
+    # one pool has one parallelism; whether it fits is a question to its decode part, which holds the whole batch
+    same = {Parallel.of(each.deployment): each for each in option.prefill}
+    for decode in option.decode:
+        if limits.needs_memory and not decode.fits:
+            continue
+        one = same.get(Parallel.of(decode.deployment))
+        pairs = [(one, False)] if one is not None else []
+        pairs += [(each, True) for each in option.prefill if each.fits or not limits.needs_memory]
+        for prefill, is_split in pairs:
+            bill = least_bill(workload, prefill, decode, limits, is_split=is_split)
+            if bill is not None:
+                yield _Candidate(bill, index, prefill, decode, is_split)
