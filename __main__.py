@@ -11,6 +11,7 @@ import click
 
 from . import __version__
 from .commands.compare import compare, gate
+from .commands.deploy import deploy
 from .commands.explain import explain
 from .commands.imports import imports
 from .commands.kernels import bench, inspect
@@ -64,6 +65,7 @@ cli.add_command(tune)
 cli.add_command(lab)
 cli.add_command(doctor)
 cli.add_command(compare)
+cli.add_command(deploy)
 cli.add_command(gate)
 cli.add_command(imports)
 cli.add_command(speculate)
