@@ -5,8 +5,8 @@ chunks of the budget, each over the cached tokens and the chunks before. The bud
 attention group. Of a chunk's time over tokens before it, cached ones bear their share of these tokens.
 
 One pool (aggregated) prefills and decodes on the same GPUs, at full load by turns: tokens/s/user are the decode step's
-times the share of time that prefill leaves. Two pools: the decode step's. First token: the passes of its prompt,
-without any wait, hand-over of the KV cache or host time. Units: seconds.
+times the share of time that prefill leaves. Two pools: the decode step's. First token: the passes of its prompt, and
+between two pools the hand-over of its KV cache, without any wait or host time. Units: seconds.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ...bench.memory import largest_batch
 from ...bench.prefill_time import PrefillTime, prefill_time
 from ...bench.recorded import find_stack
 from ..cost import StepCost
-from ..prices import Price
 from ..study import Study, price_step
 from ..sweep import Parallel
+from .pools import hand_over_s
 from .serving import CACHED_INPUT, DECODE, NEW, Pool, Request, Serving
 
 DEFAULT_TOKEN_BUDGET = 8192
@@ -70,16 +70,16 @@ class PrefillWork:
 
 @dataclass(frozen=True)
 class Predicted:
-    """A request served, and what its user sees."""
+    """A request served, and what its user sees. ``hand_over_s``: modelled; 0 in one pool."""
 
     serving: Serving
     prefill: PrefillWork
-    prefill_price: Price
     decode: StepCost
+    hand_over_s: float
 
     @property
     def first_token_s(self) -> float:
-        return self.prefill.time_s
+        return self.prefill.time_s + self.hand_over_s
 
     @property
     def tokens_per_s_per_user(self) -> float:
@@ -126,6 +126,8 @@ def predict(
     Raises:
         ValueError: what cannot be, does not fit or is out of range; names the field.
     """
+    import numpy as np
+
     if decode.sweep.context != request.context:
         raise ValueError(f"context: expected the request's {request.context}; got {decode.sweep.context}")
     cost = price_step(decode)
@@ -142,7 +144,10 @@ def predict(
         work.gpu_s_of(), work.coverage(),
     )  # fmt: skip
     pools = (prefill_pool, decode_pool) if prefill else (_together(prefill_pool, decode_pool),)
-    return Predicted(Serving(request, pools, utilisation), work, price, cost)
+    one, handed_over_s = work.passes[0], 0.0
+    if prefill:
+        handed_over_s = float(hand_over_s(one.model, one.gpu, one.deployment, np.array([request.input_tokens]))[0])
+    return Predicted(Serving(request, pools, utilisation), work, cost, handed_over_s)
 
 
 def _together(prefill: Pool, decode: Pool) -> Pool:

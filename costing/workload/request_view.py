@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ...bench.prefill_plan import OMITTED as PREFILL_OMITTED
 from ...bench.tables import number, plain_table
+from ..document import point_dict
+from ..sweep import Parallel
 from .request_pools import Predicted
 from .serving import DECODE, PURPOSES, Bill, Fleet, Serving
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ...bench.prefill_time import PrefillTime
+
 SCHEMA_VERSION = 1
 
-OMITTED = (*PREFILL_OMITTED, "sampling and its host time; a batch that is not full; spare GPUs for failures")
+OMITTED = (
+    "launch gaps between kernels, scheduler and other host time",
+    "waiting for a pass or for a place in the batch; memory and links that a cache of prefixes takes",
+    "imbalance between prompts of one pass and between expert-parallel ranks beyond the load named in the deployment",
+    "overlap: communication is added, never hidden behind compute",
+    "a batch that is not full; spare GPUs for failures",
+)
 """What a request's bill and times do not contain, shown beside them."""
 
 OF_TOKENS = {
@@ -99,9 +108,10 @@ def request_lines(
         f"{1 - bill.share(DECODE):.0%} of the bill"
     )
     if predicted is not None:
+        hand_over = f" ({predicted.hand_over_s:.2g} s of it hand-over of the KV cache, modelled)"
         lines.append(
-            f"user: first token {predicted.first_token_s:.3g} s after its prefill begins, then "
-            f"{predicted.tokens_per_s_per_user:.1f} tokens/s/user"
+            f"user: first token {predicted.first_token_s:.3g} s after its prefill begins"
+            f"{hand_over if predicted.hand_over_s else ''}, then {predicted.tokens_per_s_per_user:.1f} tokens/s/user"
         )
     if fleet is not None:
         parts = ", ".join(
@@ -114,6 +124,16 @@ def request_lines(
     if paid:
         lines.append(f"paid: {paid}; shared out as the rates say")
     return [*lines, "left out: " + "; ".join(OMITTED)] if predicted else lines
+
+
+def _pass_dict(each: PrefillTime) -> dict[str, Any]:
+    deployment = each.deployment
+    return {
+        "gpu": each.gpu.name, "stack": each.stack.name, "stack_version": each.stack.version,
+        "precision": deployment.precision.name, "parallel": str(Parallel.of(deployment)), "gpus": deployment.gpus,
+        "new_tokens": each.new_tokens, "cached_tokens": each.cached_tokens, "prompts": each.sequences,
+        "time_s": each.time_s, "cached_s": each.cached_s, "floor_s": each.floor_s, "coverage": each.coverage(),
+    }  # fmt: skip
 
 
 def _bill_dict(bill: Bill) -> dict[str, Any]:
@@ -156,8 +176,14 @@ def request_document(
         "omitted": list(OMITTED),
     }
     if predicted is not None:
-        found["first_token_s"] = predicted.first_token_s
-        found["tokens_per_s_per_user"] = predicted.tokens_per_s_per_user
+        found |= {
+            "model": predicted.decode.step.model.name,
+            "first_token_s": predicted.first_token_s,
+            "hand_over_s": predicted.hand_over_s,
+            "tokens_per_s_per_user": predicted.tokens_per_s_per_user,
+            "prefill_passes": [_pass_dict(each) for each in predicted.prefill.passes],
+            "decode_step": {key: value for key, value in point_dict(predicted.decode).items() if key != "ops"},
+        }
     if fleet is not None:
         found["fleet"] = {
             "replicas": fleet.replicas, "gpus": fleet.gpus, "usd_per_hour": fleet.usd_per_hour,

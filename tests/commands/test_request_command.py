@@ -60,6 +60,7 @@ def test_one_pool_names_its_operating_point_and_every_denominator() -> None:
         "per million new input tokens",
         "per million cached input tokens",
         "per million output tokens, decode GPUs only, which omits",
+        "while at it: ",
         "left out: launch gaps",
     ):
         assert words in text, words
@@ -81,6 +82,10 @@ def test_two_pools_in_json() -> None:
     assert sum(two["coverage_of_usd"].values()) == pytest.approx(1)
     assert set(two["denominators"]) == {name for name in two if name.startswith("usd_per_mtok")}
     assert one["tokens_per_s_per_user"] < two["tokens_per_s_per_user"]
+    (one_pass,) = two["prefill_passes"]
+    assert (one_pass["gpu"], one_pass["parallel"], one_pass["prompts"]) == ("h100", "dp32-ep32", 2)
+    assert two["first_token_s"] == pytest.approx(one_pass["time_s"] + two["hand_over_s"])
+    assert (two["decode_step"]["gpu"], two["decode_step"]["context"], one["hand_over_s"]) == ("h200", 4352, 0)
     fleet = two["fleet"]
     assert fleet["gpus"] == {"prefill": 32 * fleet["replicas"]["prefill"], "decode": 8 * fleet["replicas"]["decode"]}
     assert fleet["usd_per_hour"] == pytest.approx(fleet["gpus"]["prefill"] * 2.0 + fleet["gpus"]["decode"] * 2.9)

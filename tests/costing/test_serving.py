@@ -254,6 +254,9 @@ def test_two_pools_pay_for_all_gpus() -> None:
     assert bill.usd_per_mtok_output_decode_gpus_only == pytest.approx(alone, rel=1e-12)
     assert bill.usd_per_mtok_output > 1.3 * alone  # what a figure of decode GPUs hides
     assert found.tokens_per_s_per_user == found.decode.tokens_per_s_per_user
+    # 61 layers x 4096 latents of 576 values in FP8 over 50 GB/s
+    assert found.hand_over_s == pytest.approx(61 * 4096 * 576 / 50e9 / 0.8 + 10e-6)
+    assert found.first_token_s == found.prefill.time_s + found.hand_over_s
     # at the ratio both pools are as busy
     load = found.serving.gpus_for(7)
     assert load["prefill"] / load["decode"] == pytest.approx(found.serving.prefill_gpus_per_decode_gpu)
