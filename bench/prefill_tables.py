@@ -2,7 +2,8 @@
 
 Facts about ``aiconfigurator-core``'s context tables (0.12.0, Apache-2.0), checked against its collectors: ``isl`` is
 the new tokens of each of ``batch_size`` prompts and ``step`` the tokens cached before them, which is 0 in all rows but
-some of the sparse (DSA) modules'; latencies are in milliseconds. ``context_mla`` ran MLA not absorbed, but in SGLang's
+some of the sparse (DSA) modules'; latencies are in milliseconds. Over an FP8 cache some stacks ran matrix products in
+FP8 and in BF16: the faster of both counts. ``context_mla`` ran MLA not absorbed, but in SGLang's
 rows on Hopper absorbed, over three times the flops: there it is an upper estimate. ``wideep_context_mla`` (SGLang),
 ``mla_context_module`` and ``dsa_context_module`` are whole attention blocks, and come first.
 
@@ -53,7 +54,7 @@ from .published_tables import (
 
 _LENGTHS = ("batch_size", "isl")
 CONTEXT_ATTENTION = Table(
-    "attention", "context_attention_perf", ("attn_dtype", "kv_cache_dtype", "head_dim", "window_size"),
+    "attention", "context_attention_perf", ("kv_cache_dtype", "head_dim", "window_size"),
     ("num_heads", "num_key_value_heads"), _LENGTHS,
 )  # fmt: skip
 CONTEXT_MLA = Table("mla", "context_mla_perf", ("kv_cache_dtype",), ("num_heads",), _LENGTHS)
@@ -96,8 +97,7 @@ def _attention(op: ContextAttention, gpu: Gpu, stack: str) -> list[Query]:
         return []
     at = at_fields(op, ("num_heads", "num_kv_heads"), ("batch", "new_tokens"))
     near, axes = (op.num_heads, op.num_kv_heads), (op.batch, op.new_tokens)
-    computed = ("bfloat16",) if kv == "bfloat16" else ("fp8", "bfloat16")  # what matrix products run in, best first
-    return [Query(CONTEXT_ATTENTION, (dtype, kv, op.head_dim, op.window or 0), near, axes, at) for dtype in computed]
+    return [Query(CONTEXT_ATTENTION, (kv, op.head_dim, op.window or 0), near, axes, at)]
 
 
 def _mla(op: MlaContext, gpu: Gpu, stack: str) -> list[Query]:
