@@ -16,7 +16,7 @@ from .commands.explain import explain
 from .commands.imports import imports
 from .commands.kernels import bench, inspect
 from .commands.lab import doctor, lab
-from .commands.levers import speculate
+from .commands.levers import scale, speculate
 from .commands.options import (
     batch_option,
     data_option,
@@ -69,6 +69,7 @@ cli.add_command(deploy)
 cli.add_command(gate)
 cli.add_command(imports)
 cli.add_command(speculate)
+cli.add_command(scale)
 cli.add_command(tco)
 cli.add_command(explain)
 cli.add_command(interval)

@@ -12,6 +12,7 @@ Units: bytes, flops and seconds for one call on one GPU.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,7 +29,7 @@ def _largest(*values: Any) -> Any:
         return max(values)
     import numpy as np
 
-    return np.maximum.reduce(np.broadcast_arrays(*values))
+    return functools.reduce(np.maximum, values)
 
 
 def _smallest(*values: Any) -> Any:
@@ -37,7 +38,7 @@ def _smallest(*values: Any) -> Any:
         return min(values)
     import numpy as np
 
-    return np.minimum.reduce(np.broadcast_arrays(*values))
+    return functools.reduce(np.minimum, values)
 
 
 def _expm1(value: Any) -> Any:

@@ -24,6 +24,7 @@ import numpy as np
 import yaml
 from packaging.version import InvalidVersion, Version
 
+from .domain import anchor
 from .gpus import Gpu
 from .interpolation import Grid, look_up
 from .ops import Collective, ExpertAllToAll, Module, Op
@@ -214,7 +215,7 @@ class PublishedData:
         self.root = _wheel_systems() if root is None else _find_systems(root)
         self._rows: dict[tuple[Path, Table], _Rows] = {}
         self._candidates: dict[tuple[str, Stack, str], list[tuple[str, Path]]] = {}
-        self._answers: dict[tuple[Op, str, Stack], Timing] = {}
+        self._answers: dict[tuple[Op, str, int, Stack], Timing] = {}
 
     # -- versions ------------------------------------------------------------------------------
 
@@ -300,12 +301,18 @@ class PublishedData:
 
     def time(self, op: Op, gpu: Gpu, stack: Stack) -> Timing:
         """The time of one call of ``op`` in ``stack`` on ``gpu``, with its provenance."""
-        key = (op, gpu.name, stack)
+        key = (op, gpu.name, gpu.scale_up_gpus, stack)
         if key not in self._answers:
             self._answers[key] = self._time(op, gpu, stack)
         return self._answers[key]
 
     def _time(self, op: Op, gpu: Gpu, stack: Stack) -> Timing:
+        near = anchor(op, gpu)
+        if near is not None:  # a scale-up domain that no row was measured in
+            found = self.time(*near, stack)
+            rise_s = max(0.0, op.floor_s(gpu) - near[0].floor_s(near[1]))
+            made = f"and the rise of the floor in a domain of {gpu.scale_up_gpus} / {MODEL_EFFICIENCY:g}"
+            return Timing(found.time_s + rise_s / MODEL_EFFICIENCY, MODELLED, f"{found.source}, {made}")
         single = one_token(op)
         found = self._answer(single, gpu, stack)
         if found is None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .domain import anchor
 from .gpus import Gpu
 from .interpolation import BEYOND, look_up_many
 from .ops import Collective, ExpertAllToAll, Module, Op
@@ -39,6 +40,11 @@ def mapped(op: Op, change: Callable[[np.ndarray], Any]) -> Op:
 
 def times(data: PublishedData, op: Op, gpu: Gpu, stack: Stack) -> Times:
     """The time and provenance of one call at each size."""
+    near = anchor(op, gpu)
+    if near is not None:
+        found_s, _ = times(data, *near, stack)
+        rise_s = np.maximum(0.0, op.floor_s(gpu) - near[0].floor_s(near[1]))
+        return found_s + rise_s / MODEL_EFFICIENCY, np.full(found_s.shape, MODELLED_CODE)
     single = one_token(op)
     found = _answer(data, single, gpu, stack)
     floor_s = np.asarray(op.floor_s(gpu))

@@ -98,7 +98,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What to price. ``batches``: sequences per GPU; None for powers of two up to what fits."""
+    """What to price.
+
+    ``batches``: sequences per GPU; None for powers of two up to what fits. A split over whose attention group a batch
+    gives no whole number of sequences is refused, or with ``whole_only`` goes without that batch.
+    """
 
     model: ModelConfig
     gpus: Sequence[Gpu]
@@ -110,6 +114,7 @@ class Sweep:
     tokens_per_step: int = 1
     kept_tokens_per_step: float = 1.0
     load: str = "balanced"
+    whole_only: bool = False
 
     def __len__(self) -> int:
         return len(self.gpus) * len(self.stacks) * len(self.parallels)
@@ -198,7 +203,12 @@ class _Plans:
         check_divides(sweep.model, one)
         check_precision(gpu, sweep.precision)
         most = largest_batch(sweep.model, gpu, one)
-        sequences = [size for size in self._sizes(parallel) if size <= most]
+        sizes = self._sizes(parallel)
+        if not sizes:
+            raise ValueError(
+                f"batch: no batch is a whole number of sequences per attention group of {parallel.attention_tp} GPUs"
+            )
+        sequences = [size for size in sizes if size <= most]
         if not sequences:
             raise ValueError(
                 f"memory: no batch fits: {sweep.model.name} in {sweep.precision.name} at {sweep.context} tokens on "
@@ -210,7 +220,8 @@ class _Plans:
         """Sequences per attention group, fitting or not."""
         if self.sweep.batches is None:
             return [2**power for power in range(10)]
-        return [batch * parallel.attention_tp for batch in self.sweep.batches]
+        sizes = [batch * parallel.attention_tp for batch in self.sweep.batches]
+        return [size for size in sizes if not self.sweep.whole_only or size == round(size) >= 1]
 
     def _deployment(self, parallel: Parallel, one: Deployment, size: float) -> Deployment:
         key = (parallel, size)

@@ -230,6 +230,7 @@ def test_command_prints_table_and_document() -> None:
         (("--acceptance-rate", "0.5", "--drafts", ""), "drafts: expected at least one"),
         (("--acceptance-rate", "0.5", "--batch", ""), "batch: expected at least one"),
         (("--acceptance-rate", "0.5", "--drafter", "no-such-model"), "no-such-model"),
+        (("--acceptance-rate", "0.5", "--gpu", ""), "gpu: expected at least one"),
     ],
 )
 def test_bad_input_is_one_line(args: tuple[str, ...], message: str) -> None:
