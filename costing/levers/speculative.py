@@ -23,7 +23,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...bench.decode_plan import OMITTED, OpCall
 from ...bench.deployment import Deployment, Precision, get_precision
@@ -36,6 +36,8 @@ from ..cost import StepCost
 from .acceptance import Acceptance, check_drafts
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ...bench.gpus import Gpu
     from ...bench.model_config import ModelConfig
     from ...bench.published import PublishedData, Stack
@@ -119,12 +121,33 @@ class Drafter:
             return []
         deployment = self.deployment(verify)
         passed = list(step_time(data, self.model, gpu, stack, deployment, check_memory=False).ops)
-        if self.kind == MTP:
-            hidden, rows = self.hidden_size, deployment.rows
-            norms = Streaming(2 * 2 * hidden * _BF16_BYTES * rows)  # the embedding and the hidden state, in and out
-            passed += [_time(data, gpu, stack, OpCall("norms", norms, 1))]
-            passed += [_time(data, gpu, stack, OpCall("projection", Gemm(rows, hidden, 2 * hidden), 1))]
+        passed += [_time(data, gpu, stack, call) for call in self._more(deployment.rows)]
         return [_times(op, drafts) for op in passed]
+
+    def _more(self, rows: Any) -> list[OpCall]:
+        """What a draft pass runs beside its model's step; ``rows`` may be an array."""
+        if self.kind != MTP:
+            return []
+        hidden = self.hidden_size
+        norms = Streaming(2 * 2 * hidden * _BF16_BYTES * rows)  # the embedding and the hidden state, in and out
+        return [OpCall("norms", norms, 1), OpCall("projection", Gemm(rows, hidden, 2 * hidden), 1)]
+
+    def pass_s(
+        self, data: PublishedData, gpu: Gpu, stack: Stack, verify: Deployment, sequences: Sequence[int]
+    ) -> np.ndarray:
+        """Seconds of one draft pass at many batches of a published stack: as ``ops``, all at once."""
+        import numpy as np
+
+        from ...bench.published_many import times
+        from ...bench.step_table import StepTable
+
+        if self.model is None:
+            return np.zeros(len(sequences))
+        table = StepTable(self.model, [self.deployment(verify)], [sequences])
+        total_s = table.totals(data, gpu, stack).step_s
+        for call in self._more(np.array(sequences)):
+            total_s = total_s + times(data, call.op, gpu, stack)[0]
+        return total_s
 
 
 def _time(data: PublishedData, gpu: Gpu, stack: Stack, call: OpCall) -> TimedOp:
@@ -264,6 +287,20 @@ class Speculation:
             self._costs[key] = StepCost(step, self.price)
         return self._costs[key]
 
+    def _seconds(self, drafts: int, sequences: list[int]) -> list[float]:
+        """The step with so many drafts at many batches."""
+        from ...bench.recorded import RecordedStack
+
+        if isinstance(self.stack, RecordedStack):
+            return [self.cost(drafts, each).step.step_s for each in sequences]
+        from ...bench.step_table import StepTable
+
+        verify = self._deployment(drafts, 1)
+        found = StepTable(self.model, [verify], [sequences]).totals(self.data, self.gpu, self.stack).step_s
+        if drafts:
+            found = found + drafts * self.drafter.pass_s(self.data, self.gpu, self.stack, verify, sequences)
+        return found.tolist()
+
     def points(self, batches: Sequence[float] | None = None) -> list[SpeculationPoint]:
         """Both sides at every batch (sequences per GPU) that fits without drafts; powers of two for None.
 
@@ -293,11 +330,12 @@ class Speculation:
         return [self._break_even(drafts) for drafts in self.drafts if self.most(drafts)]
 
     def _break_even(self, drafts: int) -> BreakEven:
-        def is_dearer(sequences: int) -> bool:
-            return self.cost(drafts, sequences).usd_per_mtok_output > self.cost(0, sequences).usd_per_mtok_output
+        def are_dearer(sequences: list[int]) -> list[bool]:
+            drafted, plain = self._seconds(drafts, sequences), self._seconds(0, sequences)
+            return [one / self.kept[drafts] > other for one, other in zip(drafted, plain, strict=True)]
 
         most, tp = self.most(drafts), self._base.attention_tp
-        last, crossings = last_false(is_dearer, most)
+        last, crossings = last_false(are_dearer, most)
         return BreakEven(drafts, last / tp if 0 < last < most else None, last == most, most / tp, crossings)
 
 
@@ -315,13 +353,13 @@ def _scanned(most: int) -> list[int]:
     return steps
 
 
-def last_false(is_true: Callable[[int], bool], most: int) -> tuple[int, int]:
-    """(the last whole number up to ``most`` at which ``is_true`` does not hold, changes seen); 0 where it always does.
+def last_false(are_true: Callable[[list[int]], list[bool]], most: int) -> tuple[int, int]:
+    """(the last whole number up to ``most`` of which ``are_true`` says no, changes seen); 0 where it always says yes.
 
-    Exact up to ``EVERY``; beyond, where ``is_true`` changes once in the gap after the last false one looked at.
+    Exact up to ``EVERY``; beyond, where it changes once in the gap after the last no among the numbers looked at.
     """
     steps = _scanned(most)
-    seen = [is_true(step) for step in steps]
+    seen = are_true(steps)
     crossings = sum(before != after for before, after in itertools.pairwise(seen))
     if all(seen):
         return 0, crossings
@@ -331,7 +369,7 @@ def last_false(is_true: Callable[[int], bool], most: int) -> tuple[int, int]:
     low, high = steps[place], steps[place + 1]
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if is_true(middle) else (middle, high)
+        low, high = (low, middle) if are_true([middle])[0] else (middle, high)
     return low, crossings
 
 

@@ -116,6 +116,17 @@ def test_break_even_is_exact_to_one_sequence(published: PublishedData) -> None:
     assert [point.best_drafts for point in found.points([1, 256])] == [3, 0]
 
 
+@pytest.mark.parametrize(("kind", "drafts"), [("mtp", 3), ("ngram", 2), ("qwen3-30b-a3b", 1)])
+@pytest.mark.parametrize("stack", ["vllm", "trtllm"])
+def test_many_batches_are_timed_as_each_alone(published: PublishedData, kind: str, drafts: int, stack: str) -> None:
+    found = speculate(published, [drafts], kind=kind, stack=stack)
+    sequences = [1, 7, 64, 150]
+    for asked in (0, drafts):
+        assert found._seconds(asked, sequences) == pytest.approx(
+            [found.cost(asked, each).step.step_s for each in sequences], rel=1e-12
+        )
+
+
 def test_never_within_what_fits_is_said(published: PublishedData) -> None:
     gpu = get_gpu("gb200")
     found = speculate(published, [1], gpu=gpu, stack="trtllm")
@@ -127,14 +138,14 @@ def test_never_within_what_fits_is_said(published: PublishedData) -> None:
 
 @given(st.integers(1, 30000), st.integers(0, 30000))
 def test_last_false_of_a_single_change(most: int, last: int) -> None:
-    found, crossings = last_false(lambda value: value > last, most)
+    found, crossings = last_false(lambda values: [value > last for value in values], most)
     assert found == min(last, most)
     assert crossings == (1 if 0 < last < most else 0)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=500))
 def test_last_false_of_any_curve(is_true: list[bool]) -> None:
-    found, crossings = last_false(lambda value: is_true[value - 1], len(is_true))
+    found, crossings = last_false(lambda values: [is_true[value - 1] for value in values], len(is_true))
     assert found == max((place + 1 for place, each in enumerate(is_true) if not each), default=0)
     assert crossings == sum(is_true[place] != is_true[place + 1] for place in range(len(is_true) - 1))
 
