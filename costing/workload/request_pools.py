@@ -2,7 +2,8 @@
 
 Prompts shorter than the token budget share a pass, as many as it and the memory hold; a longer prompt is prefilled in
 chunks of the budget, each over the cached tokens and the chunks before. The budget is in new tokens per pass and
-attention group. Of a chunk's time over tokens before it, cached ones bear their share of these tokens.
+attention group; activations of a pass must fit the reserve. Of a chunk's time over tokens before it, cached ones bear
+their share of these tokens.
 
 One pool (aggregated) prefills and decodes on the same GPUs, at full load by turns: tokens/s/user are the decode step's
 times the share of time that prefill leaves. Two pools: the decode step's. First token: the passes of its prompt, and
@@ -12,9 +13,11 @@ between two pools the hand-over of its KV cache, without any wait or host time. 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
+from ...bench.deployment import Deployment
+from ...bench.gpus import GIB
 from ...bench.memory import largest_batch
+from ...bench.model_config import DenseFfn, GqaAttention, ModelConfig
 from ...bench.prefill_time import PrefillTime, prefill_time
 from ...bench.recorded import find_stack
 from ..cost import StepCost
@@ -110,9 +113,39 @@ def prefill_work(study: Study, request: Request, token_budget: int = DEFAULT_TOK
             study.data, sweep.model, gpu, stack, deployment, new_tokens=new, cached_tokens=cached, sequences=prompts
         )  # raises where not even one prompt fits
 
+    rows = prompts * min(token_budget, request.new_tokens)
+    needed, reserve = activation_bytes(sweep.model, deployment, rows), deployment.reserve_bytes
+    if needed > reserve:
+        raise ValueError(
+            f"token_budget: expected passes with activations of at most the reserve's {reserve / GIB:.1f} GiB; {rows} "
+            f"tokens need {needed / GIB:.1f} GiB"
+        )
     starts = range(0, request.new_tokens, token_budget)
     chunks = [(min(token_budget, request.new_tokens - start), request.cached_tokens + start) for start in starts]
     return PrefillWork(tuple(run(new, cached) for new, cached in chunks), request.cached_tokens)
+
+
+def activation_bytes(model: ModelConfig, deployment: Deployment, rows: int) -> float:
+    """What a pass of so many rows holds at least on one GPU, all in BF16.
+
+    The residual and a block's input, and the widest there is beside them: queries, keys and values; a gated FFN's
+    halves and their product; of experts, the rows that reach this rank, before and after its last GEMM.
+    """
+    tp = deployment.attention_tp
+    widest = 0.0
+    for layer, _ in model.layers:
+        attention, ffn = layer.attention, layer.ffn
+        if isinstance(attention, GqaAttention):
+            width = (attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim
+        else:
+            width = attention.num_heads * (2 * attention.nope_dim + attention.rope_dim + attention.v_dim)
+        if isinstance(ffn, DenseFfn):
+            wide = 3 * ffn.intermediate_size / tp
+        else:
+            pairs = ffn.top_k * deployment.attention_dp / deployment.expert_parallel
+            wide = pairs * (model.hidden_size + ffn.intermediate_size / deployment.expert_tp)
+        widest = max(widest, width / tp, wide)
+    return rows * (2 * model.hidden_size + widest) * 2.0
 
 
 def predict(
@@ -186,6 +219,6 @@ def decode_point(cost: StepCost) -> str:
     return f"{place}, {deployment.batch_per_gpu:g} sequences/GPU x {deployment.context} tokens{kept}"
 
 
-def _place(model: str, gpu: str, stack: str, deployment: Any) -> str:
+def _place(model: str, gpu: str, stack: str, deployment: Deployment) -> str:
     split = f"{deployment.describe()} ({Parallel.of(deployment)})"
     return f"{model} on {gpu}, {stack}, {deployment.precision.name}, load {deployment.load}: {split}"

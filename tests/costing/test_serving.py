@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenfab.bench.deployment import Deployment, get_precision
 from tokenfab.bench.memory import DoesNotFit
+from tokenfab.bench.models import load_model
 from tokenfab.bench.prefill_time import prefill_time
 from tokenfab.costing.study import Study, study
-from tokenfab.costing.workload.request_pools import Predicted, predict, prefill_work
+from tokenfab.costing.workload.request_pools import Predicted, activation_bytes, predict, prefill_work
 from tokenfab.costing.workload.serving import (
     CACHED_INPUT,
     DECODE,
@@ -312,6 +314,24 @@ def test_prompts_share_a_pass_as_far_as_budget_and_memory_go() -> None:
     long = Request(100_000, 99_900, 64)
     held = prefill_work(studied("gpt-oss-120b", "h100", "vllm", "tp2", 1, long), long, 8192).prompts
     assert 1 < held < 81  # 81 prompts are within the budget; their caches do not fit
+
+
+def test_activations_of_a_pass_must_fit_the_reserve() -> None:
+    model = load_model("deepseek-v3")
+    alone = Deployment(8, 1, 8, get_precision("fp8"), 1, 1)
+    # residual and input, and the eight rows per token that reach a rank's experts: hidden in, 2048 between
+    assert activation_bytes(model, alone, 1000) == 1000 * (2 * 7168 + 8 * (7168 + 2048)) * 2
+    split = Deployment(8, 8, 8, get_precision("fp8"), 1, 1)  # one row in eight of its eight; the dense layers are wider
+    assert activation_bytes(model, split, 1000) == 1000 * (2 * 7168 + max(8 / 8 * (7168 + 2048), 3 * 18432 / 8)) * 2
+    qwen = Deployment(1, 1, 1, get_precision("bf16"), 1, 1)
+    assert activation_bytes(load_model("qwen3-30b-a3b"), qwen, 10) == 10 * (2 * 2048 + 8 * (2048 + 768)) * 2
+    request = Request(1000, 0, 10)
+    plan = studied("deepseek-v3", "h200", "sglang", "dp8-ep8", 8, request)
+    assert prefill_work(plan, request, 24_000).prompts == 24
+    with pytest.raises(
+        ValueError, match=r"token_budget: expected passes .* reserve's 4.0 GiB; 25000 tokens need 4.1 G"
+    ):
+        prefill_work(plan, request, 25_000)
 
 
 def test_predictions_refuse_what_cannot_be() -> None:
