@@ -2,7 +2,8 @@
 
 Every GPU, stack, parallelism and batch is a candidate, aggregated (one pool does both) or disaggregated (a pool for
 prefill, one for decode, each with its own parallelism). Candidates are taken in the order of what they cost at least,
-and no further than the best bill, so the queue of few is simulated and none that could be cheaper is left out.
+and no further than the best bill, so the queue of few is simulated and none that could be cheaper is left out. Of two
+that cost the same the one with more tokens/s/user is taken.
 
 The binding limit is the one that costs most: without it, all others kept, the bill would fall furthest. Several limits
 may bind together, none of them alone: then lifting one saves nothing, lifting all does.
@@ -138,15 +139,17 @@ def choose(workload: Workload, options: Sequence[Options], limits: Limits) -> Ch
 def _cheapest(workload: Workload, options: dict[int, Options], limits: Limits) -> tuple[int, Served] | None:
     candidates = [each for index, option in options.items() for each in _candidates(workload, index, option, limits)]
     best: tuple[int, Served] | None = None
-    for each in sorted(candidates, key=lambda each: each.least_bill):
-        most = math.inf if best is None else best[1].usd_per_hour
-        if each.least_bill >= most:
+    for each in sorted(candidates, key=lambda each: (each.least_bill, -each.decode.tokens_per_s_per_user)):
+        most, rate = (math.inf, 0.0) if best is None else (best[1].usd_per_hour, best[1].tokens_per_s_per_user)
+        if each.least_bill > most:
             break
+        if each.least_bill == most and each.decode.tokens_per_s_per_user <= rate:
+            continue
         if each.is_split:
-            served = disaggregated(workload, each.prefill, each.decode, limits, most)
+            served = disaggregated(workload, each.prefill, each.decode, limits, math.nextafter(most, math.inf))
         else:
             served = aggregated(workload, each.prefill, each.decode, limits)
-        if served is not None and served.usd_per_hour < most:
+        if served is not None and (served.usd_per_hour, -served.tokens_per_s_per_user) < (most, -rate):
             best = each.option, served
     return best
 

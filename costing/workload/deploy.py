@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 OMITTED = (
     "launch gaps between kernels, scheduler and other host time",
     "a prefill pass shared by several short prompts: each takes an attention group for itself",
-    "memory and links that a cache of prefixes takes",
+    "imbalance between prompts that an expert-parallel deployment's groups prefill side by side",
+    "memory and links that a cache of prefixes takes; peaks of memory beyond a batch at the mean context",
     "faster steps while a batch is not full; spare GPUs for failures and for growth",
     "overlap: communication and the hand-over of the KV cache are added, never hidden behind compute",
 )

@@ -115,6 +115,13 @@ def test_for_people(trace: Path) -> None:
     assert " inf" not in result.output
 
 
+def test_help(trace: Path) -> None:
+    result = run(trace, "--help")
+    assert result.exit_code == 0
+    assert "--max-ttft-s" in result.output
+    assert "tokenfab deploy deepseek-v3 --trace mooncake_conversation.jsonl --gpu h200" in result.output
+
+
 def test_what_cannot_be_met_is_an_answer(trace: Path) -> None:
     result = run(trace, *QUICK, "--max-ttft-s", "0.001", "--json")
     found = json.loads(result.stdout)
