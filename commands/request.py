@@ -37,6 +37,7 @@ _given_options = combined(
 @click.option("--prefill-gpu", help="With --disaggregated: another GPU for prefill.")
 @click.option("--prefill-stack", help="With --disaggregated: another stack for prefill.")
 @click.option("--prefill-parallel", help="With --disaggregated: another split; by default --parallel.")
+@click.option("--prefill-usd-per-gpu-hour", type=float, help="With --disaggregated: this price for its GPUs.")
 @click.option("--token-budget", type=int, help="New tokens per prefill pass and attention group.  [default: 8192]")
 @click.option("--utilisation", type=float, default=1.0, show_default=True, help="Busy share of paid GPU-time, to 1.")
 @click.option("--requests-per-s", type=float, help="Also: whole replicas for so many requests.")
@@ -93,20 +94,26 @@ def request(
 def _predicted(
     model: str | None, gpu: str | None, tokens: Request, utilisation: float, *, stack: str, parallel: str | None,
     batch: float, disaggregated: bool, prefill_gpu: str | None, prefill_stack: str | None,
-    prefill_parallel: str | None, token_budget: int | None, published_data: Path | None, **options: Any,
+    prefill_parallel: str | None, prefill_usd_per_gpu_hour: float | None, token_budget: int | None,
+    published_data: Path | None, **options: Any,
 ) -> Predicted:  # fmt: skip
     from ..costing.study import study
     from ..costing.workload.request_pools import DEFAULT_TOKEN_BUDGET, predict
 
     if model is None or gpu is None:
         raise ValueError("model: expected MODEL and --gpu, or --input-rate and --output-rate")
-    others = {"prefill_gpu": prefill_gpu, "prefill_stack": prefill_stack, "prefill_parallel": prefill_parallel}
+    others = {
+        "prefill_gpu": prefill_gpu, "prefill_stack": prefill_stack, "prefill_parallel": prefill_parallel,
+        "prefill_usd_per_gpu_hour": prefill_usd_per_gpu_hour,
+    }  # fmt: skip
     for name, value in others.items():
         if value is not None and not disaggregated:
             raise ValueError(f"{name}: expected --disaggregated with it; got {value}")
     shared: dict[str, Any] = {"published_data": published_data, "context": tokens.context, **options}
     decode = study(model, [gpu], [stack], [parallel] if parallel else None, [batch], **shared)
     split = prefill_parallel or str(decode.sweep.parallels[0])
+    if prefill_usd_per_gpu_hour is not None:
+        shared["usd_per_gpu_hour"] = prefill_usd_per_gpu_hour
     prefill = study(model, [prefill_gpu or gpu], [prefill_stack or stack], [split], [batch], **shared)
     budget = DEFAULT_TOKEN_BUDGET if token_budget is None else token_budget
     return predict(decode, prefill if disaggregated else None, tokens, token_budget=budget, utilisation=utilisation)

@@ -92,6 +92,13 @@ def test_two_pools_in_json() -> None:
     assert fleet["usd_per_mtok_output"] >= two["usd_per_mtok_output"]
 
 
+def test_each_pool_has_its_own_price() -> None:
+    found = document(*TWO, "--usd-per-gpu-hour", "3", "--prefill-usd-per-gpu-hour", "1")
+    assert [pool["usd_per_gpu_hour"] for pool in found["pools"]] == [1.0, 3.0]
+    work = [sum(pool["gpu_s_of"].values()) for pool in found["pools"]]
+    assert found["usd"] == pytest.approx((work[0] + 3 * work[1]) / 3600)
+
+
 def test_utilisation_price_and_drafts_go_through() -> None:
     full = document(*SERVED, "--usd-per-gpu-hour", "1")
     assert document(*SERVED, "--usd-per-gpu-hour", "3")["usd"] == pytest.approx(3 * full["usd"])
@@ -116,6 +123,8 @@ def test_utilisation_price_and_drafts_go_through() -> None:
         ([*SERVED, "--requests-per-s", "0"], "error: requests_per_s: expected a positive number; got 0.0"),
         ([*SERVED, "--token-budget", "0"], "error: token_budget: expected a whole number of at least 1; got 0"),
         ([*SERVED, "--prefill-gpu", "h100"], "error: prefill_gpu: expected --disaggregated with it; got h100"),
+        ([*SERVED, "--prefill-usd-per-gpu-hour", "1"], "error: prefill_usd_per_gpu_hour: expected --disaggregated"),
+        ([*TWO, "--prefill-usd-per-gpu-hour", "-1"], "error: usd_per_gpu_hour: expected a positive number; got -1.0"),
         ([*SERVED, "--paid-gpus", "10"], "error: paid_gpus: expected --input-rate and --output-rate with it"),
         ([*SERVED, "--stack", "tokenfab"], "error: "),
         ([*SERVED, "--input", "200000"], "error: "),
