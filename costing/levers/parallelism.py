@@ -131,9 +131,9 @@ def search(
     for size in sizes:
         if not (math.isfinite(size) and size > 0):
             raise ValueError(f"batch: expected more than 0 sequences per GPU; got {size}")
-    wanted = [
-        each for gpu in plan.sweep.gpus for each in dict.fromkeys([gpu, *(with_domain(gpu, size) for size in domains)])
-    ]
+    wanted = list(
+        dict.fromkeys(each for gpu in plan.sweep.gpus for each in (gpu, *(with_domain(gpu, size) for size in domains)))
+    )
     points: list[StepCost] = []
     skipped: list[Skipped] = []
     parallels: list[Parallel] = []

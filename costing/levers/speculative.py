@@ -90,7 +90,10 @@ class Drafter:
         if self.model is None:
             return "n-gram drafts: no GPU time"
         if self.kind == MTP:
-            return "multi-token prediction: one decoder layer, projection and LM head per draft"
+            return (
+                "multi-token prediction: one decoder layer like the model's last, projection and LM head per draft; "
+                "whether a checkpoint has such a layer is not checked"
+            )
         return f"drafts by {self.model.name} in {self.precision.name if self.precision else '?'}"
 
     def deployment(self, verify: Deployment) -> Deployment:
