@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .options import data_option, records_option, stacks_option
+from .options import data_option, records_option, report_option, stacks_option
 from .shared import Progress, combined, comma, json_option, path_type, price_options, print_json
 
 _limit_options = combined(
@@ -55,13 +55,14 @@ _model_options = combined(
               help="Only decode steps with at most this share of their time modelled.")  # fmt: skip
 @data_option
 @records_option
+@report_option
 @json_option
 def deploy(
     model: str, gpus: list[str], stacks: list[str], parallels: list[str] | None, batches: list[float] | None,
     trace_file: Path, requests: int, rate_scale: float, skip_longer: bool, cached_share: float | None,
     cache_tokens: int | None, replicas: int | None, policy: str, no_cache: bool, min_rate: float, max_ttft_s: float,
     no_ttft_limit: bool, ttft_percentile: float, with_frontier: bool, rates: list[float] | None, max_modelled: float,
-    as_json: bool, **study_options: Any,
+    report: Path | None, as_json: bool, **study_options: Any,
 ) -> None:  # fmt: skip
     """The cheapest deployment of MODEL that serves a trace within limits of tokens/s/user and time to first token.
 
@@ -106,12 +107,17 @@ def deploy(
                 search, limits, rates, advance=lambda what: bar.update(done := next(counted), done + 1, what)
             )
         found = view.answer(plan.sweep.model, demand, limits, search, walk)
+    tables = [view.deploy_table(found), *([view.frontier_table(found)] if walk is not None else [])]
+    if report is not None:
+        from ..costing.report.workload_views import write_deployment
+
+        write_deployment(report, found, tables, view.deploy_lines(found))
+        click.echo(f"report: {report}", err=True)
     if as_json:
         print_json(view.deploy_document(found))
         return
     out = console()
-    out.print(view.deploy_table(found))
-    if walk is not None:
-        out.print(view.frontier_table(found))
+    for table in tables:
+        out.print(table)
     for line in view.deploy_lines(found):
         out.print(line, soft_wrap=True)

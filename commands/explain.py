@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import data_option, records_option
+from .options import data_option, records_option, report_option
 from .shared import Progress, combined, comma, json_option, price_file_option, print_json
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ _SIDES = (
 @click.option("--mismatched", is_flag=True, help="With --at: also each interactivity against each.")
 @data_option
 @records_option
+@report_option
 @json_option
 def explain(
     claim: str | None, model: str | None, from_gpu: str | None, to_gpu: str | None, as_json: bool, **options: Any
@@ -95,6 +96,8 @@ def explain(
       tokenfab explain --model gpt-oss-120b --from h100 --from-batch 64 --to h100 --to-batch 128
       tokenfab explain --claim nvidia-35x
     """
+    if options["report"] is not None and (claim is not None or options["at"] is not None):
+        raise ValueError("report: expected a waterfall to draw; got --claim or --at")
     if claim is not None:
         _print_claim(claim, options["price_file"], as_json)
         return
@@ -161,12 +164,18 @@ def _print_waterfall(pricer: Pricer, found: list[Found], options: dict[str, Any]
     ends, own_limits = chosen_ends(found, _limits(options), options["max_modelled"])
     shown = ordered_waterfall(pricer, ends[0].point, ends[1].point, options["order"])
     orders, intervals = all_orders(pricer, shown), [end.interval(pricer.data) for end in ends]
+    table, lines = waterfall_table(shown, orders), waterfall_lines(shown, orders, intervals, own_limits)
+    if options["report"] is not None:
+        from ..costing.report.explain_view import write_explanation
+
+        write_explanation(options["report"], shown, table, lines)
+        click.echo(f"report: {options['report']}", err=True)
     if as_json:
         print_json(waterfall_document(shown, orders, intervals, own_limits))
         return
     out = console()
-    out.print(waterfall_table(shown, orders))
-    for line in waterfall_lines(shown, orders, intervals, own_limits):
+    out.print(table)
+    for line in lines:
         out.print(line, soft_wrap=True)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import data_option, records_option
+from .options import data_option, records_option, report_option
 from .shared import Progress, combined, json_option, path_type, price_options, print_json
 
 _given_options = combined(
@@ -34,11 +34,12 @@ _given_options = combined(
 @price_options
 @data_option
 @records_option
+@report_option
 @json_option
 def imports(
     files: tuple[Path, ...], stack: str | None, load: str, no_kernels: bool, skip_refused: bool, tier: str,
     book: str | None, price_file: Path | None, usd_per_gpu_hour: float | None, published_data: Path | None,
-    records: Path | None, as_json: bool, **given: Any,
+    records: Path | None, report: Path | None, as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Price results of vLLM's, SGLang's, TensorRT-LLM's and Dynamo's benchmarks, and rows of InferenceX.
 
@@ -80,14 +81,22 @@ def imports(
             None if tables is None else lambda served, own, prefill: allowed(served, own, prefill, tables),
             lambda what: progress.advance(len(found), what),
         )  # fmt: skip
+    shown = [view.cost_table(priced)]
+    if any(bill.allowed for bill in priced):
+        shown.append(view.distance_table(priced))
+    lines = [*view.notes(priced), *(f"refused: {reason}" for reason in refused)]
+    if report is not None:
+        from ..costing.report.workload_views import write_served
+
+        write_served(report, priced, shown, lines)
+        click.echo(f"report: {report}", err=True)
     if as_json:
         print_json(view.document(priced, refused))
         return
     from ..bench.tables import console
 
     out = console()
-    out.print(view.cost_table(priced))
-    if any(bill.allowed for bill in priced):
-        out.print(view.distance_table(priced))
-    for line in [*view.notes(priced), *(f"refused: {reason}" for reason in refused)]:
+    for table in shown:
+        out.print(table)
+    for line in lines:
         out.print(line, soft_wrap=True)

@@ -127,10 +127,11 @@ def _acceptance(
 @price_options
 @data_option
 @records_option
+@report_option
 @json_option
 def scale(
     model: str, gpus: list[str], stacks: list[str], max_gpus: int, min_rate: float, domains: list[int],
-    batches: list[float] | None, max_modelled: float, as_json: bool, **options: Any,
+    batches: list[float] | None, max_modelled: float, report: Path | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Every way to spread MODEL over GPUs: the best split by number of GPUs, and what the scale-up domain is worth.
 
@@ -149,12 +150,22 @@ def scale(
     plan = study(model, _named(gpus), stacks, None, None, **options)
     with Progress("scale", as_json) as progress:
         found = search(plan, max_gpus, batches, domains, progress.update)
-    worths = domain_worth(found, view.rates(min_rate))
+    worths, lines = domain_worth(found, view.rates(min_rate)), view.scale_lines(found, max_modelled)
+    tables = [view.counts_table(found, min_rate, max_modelled), view.pareto_table(found, min_rate, max_modelled)]
+    if worths:
+        tables.append(view.domain_table(found, worths))
+    if report is not None:
+        from ..costing.report.workload_views import write_scale
+
+        write_scale(report, found, max_modelled, tables, lines)
+        click.echo(f"report: {report}", err=True)
     if as_json:
         print_json(view.scale_document(found, worths, min_rate, max_modelled))
         return
-    show(False, dict, lambda: view.counts_table(found, min_rate, max_modelled))
-    show(False, dict, lambda: view.pareto_table(found, min_rate, max_modelled))
-    if worths:
-        show(False, dict, lambda: view.domain_table(found, worths))
-    show(False, dict, lambda: "", lambda: view.scale_lines(found, max_modelled))
+    from ..bench.tables import console
+
+    out = console()
+    for table in tables:
+        out.print(table)
+    for line in lines:
+        out.print(line, soft_wrap=True)

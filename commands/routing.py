@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import data_option, parallel_option, records_option, request_options
+from .options import data_option, parallel_option, records_option, report_option, request_options
 from .shared import Progress, combined, comma, json_option, path_type, price_options, show
 
 if TYPE_CHECKING:
@@ -42,10 +42,12 @@ _model_options = combined(
 @price_options
 @data_option
 @records_option
+@report_option
 @json_option
 def routing(
     trace: Path, replicas: int, policies: list[str], cache_tokens: list[str] | None, seed: int, prefill_weight: float,
-    prefill_tokens_per_s: float | None, tokens_per_s_per_user: float | None, as_json: bool, **options: Any,
+    prefill_tokens_per_s: float | None, tokens_per_s_per_user: float | None, report: Path | None, as_json: bool,
+    **options: Any,
 ) -> None:  # fmt: skip
     """What prefix caches hit on TRACE, where requests are routed to replicas by each policy.
 
@@ -68,6 +70,11 @@ def routing(
             trace, policies, sizes, replicas, seed=seed, prefill_weight=prefill_weight,
             pace=_pace(prefill_tokens_per_s, tokens_per_s_per_user), plan=plan, progress=bar.update,
         )  # fmt: skip
+    if report is not None:
+        from ..costing.report.workload_views import write_routing
+
+        write_routing(report, found, view.routing_table(found), view.routing_lines(found))
+        click.echo(f"report: {report}", err=True)
     show(
         as_json, lambda: view.routing_document(found), lambda: view.routing_table(found),
         lambda: view.routing_lines(found),

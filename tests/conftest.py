@@ -1,4 +1,4 @@
-"""Shared fixtures: the installed published tables, and a small tree of made-up ones.
+"""Shared fixtures: the installed published tables, a small tree of made-up ones, and a browser for reports.
 
 Without a GPU, kernels run on Triton's interpreter: the switch must be set before any kernel is
 imported, and the repairs of ``bench/interpreter.py`` make its results true.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import CHROMIUM
 
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -62,3 +63,16 @@ def tree(tmp_path: Path) -> tuple[Path, WriteTable]:
         return path
 
     return tmp_path, write
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        launched = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield launched
+        launched.close()

@@ -146,7 +146,7 @@ def write_page(path: Path, title: str, subtitle: str, sections: Sequence[Section
     page = Template(TEMPLATE.read_text()).substitute(
         title=html.escape(title),
         subtitle=html.escape(f"tokenfab {__version__}, {date.today().isoformat()}: {subtitle}"),
-        nav="".join(f'<a href="#{each.name}">{html.escape(each.title)}</a>' for each in sections),
+        nav="".join(f'<a href="#{each.name}">{html.escape(each.title)}</a>' for each in sections if len(sections) > 1),
         controls=controls,
         sections="".join(f'<h2 id="{each.name}">{html.escape(each.title)}</h2>{each.body}' for each in sections),
         plotly=get_plotlyjs(),

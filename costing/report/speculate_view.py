@@ -10,9 +10,8 @@ from typing import Any
 from ..cost import StepCost
 from ..levers.speculative import Speculation, SpeculationPoint
 from ..levers.speculative_view import DENOMINATOR, draft_share, speculation_lines
-from .page import OKABE_ITO, Cell, Section, html_table, layout, log_axis, plot, price_inputs, write_page
-
-_MARKERS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "star", "hexagon")
+from .page import Cell, Section, html_table, layout, log_axis, plot, price_inputs, write_page
+from .parts import line, lines_html
 
 
 def _by_drafts(points: Sequence[SpeculationPoint]) -> dict[int, list[StepCost]]:
@@ -36,24 +35,19 @@ def speculation_figure(points: Sequence[SpeculationPoint]) -> dict[str, Any]:
     """A line per number of drafts: where one crosses the line of none is its break-even batch."""
     traces = []
     for number, (drafts, costs) in enumerate(_by_drafts(points).items()):
-        kept = {"keptOf": str(drafts)} if drafts else {}
-        colour = OKABE_ITO[number % len(OKABE_ITO)]
-        traces.append(
-            {
-                "type": "scatter", "mode": "lines+markers", "name": _drafts(drafts),
-                "line": {"color": colour, "width": 1.8}, "marker": {"symbol": _MARKERS[number % 8], "size": 7},
-                "x": [cost.step.deployment.batch_per_gpu for cost in costs],
-                "y": [cost.usd_per_mtok_output for cost in costs], "text": [_hover(cost, drafts) for cost in costs],
-                "hovertemplate": "%{text}<extra></extra>", "meta": {"gpu": costs[0].step.gpu.name, "y": "usd", **kept},
-            }
+        trace = line(
+            _drafts(drafts), number, [cost.step.deployment.batch_per_gpu for cost in costs],
+            [cost.usd_per_mtok_output for cost in costs], [_hover(cost, drafts) for cost in costs],
         )  # fmt: skip
+        kept = {"keptOf": str(drafts)} if drafts else {}
+        traces.append({**trace, "meta": {"gpu": costs[0].step.gpu.name, "y": "usd", **kept}})
     return {"data": traces, "layout": layout(log_axis("sequences per GPU"), log_axis(f"$ per million {DENOMINATOR}"))}
 
 
 def _hover(cost: StepCost, drafts: int) -> str:
     shares = ", ".join(f"{share:.0%} {name}" for name, share in cost.step.coverage().items())
     drafting = f", {draft_share(cost):.1%} of it drafting" if drafts else ""
-    return f"step {cost.step.step_s * 1e3:.2f} ms{drafting}<br>{shares}"
+    return f"step {cost.step.step_s * 1e3:.2f} ms{drafting}; {shares}"
 
 
 def speculation_section(found: Speculation, points: list[SpeculationPoint], number: int) -> Section:
@@ -68,10 +62,10 @@ def speculation_section(found: Speculation, points: list[SpeculationPoint], numb
         for point in points for drafts, cost in {0: point.plain, **point.drafted}.items()
     ]  # fmt: skip
     columns = ("batch/GPU", "drafts", "step ms", "tok/s/user", "$/M output", *found.stack.provenances)
-    lines = "".join(f"<li>{html.escape(line)}</li>" for line in speculation_lines(found, points))
     at = f"{deployment.precision.name}: {deployment.describe()}, {deployment.context} tokens of context"
     body = (
-        f"<p>{html.escape(at)}.</p>{plot(f'speculation-{number}', 'price by batch and drafts')}<ul>{lines}</ul>"
+        f"<p>{html.escape(at)}.</p>{plot(f'speculation-{number}', 'price by batch and drafts')}"
+        f"{lines_html(speculation_lines(found, points))}"
         "<p class='soft'>Lines and cells follow the inputs above; the break-even batches in the list do not.</p>"
         f"{html_table(columns, rows, 0)}"
     )
