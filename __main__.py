@@ -24,12 +24,13 @@ from .commands.options import (
     model_options,
     parallel_option,
     records_option,
+    report_option,
     stack_option,
     stacks_option,
 )  # fmt: skip
 from .commands.request import request
 from .commands.routing import routing
-from .commands.shared import Group, comma, json_option, path_type, price_file_option, price_options, print_json, show
+from .commands.shared import Group, comma, json_option, price_file_option, price_options, print_json, show
 from .commands.tco import interval, sensitivity, tco
 from .commands.tune import tune
 
@@ -190,7 +191,7 @@ def step(model: str, gpu: str, stack: str, parallel: str | None, batch: float, a
 @click.option("--max-modelled", type=click.FloatRange(0, 1), default=0.25, show_default=True,
               help="Rank only points with at most this share of their time modelled.")  # fmt: skip
 @click.option("--all", "show_all", is_flag=True, help="Print every point, not only the best of each GPU and stack.")
-@click.option("--report", type=path_type, metavar="FILE", help="Write an HTML report that works offline.")
+@report_option
 @data_option
 @records_option
 @json_option
