@@ -22,6 +22,9 @@ Policies, of which a hash is splitmix64:
                  where that is more than 0.3 of the prompt, else the replica that caches least; where load is uneven
                  (active requests max - min > 64 and max > 1.5 x min), the fewest active requests
 
+vLLM's production-stack (routing_logic.py) has a third, not simulated: the longest cached prefix where it is all of the
+prompt but 2000 tokens, else by session.
+
 Ties go to the replica that was given the fewest requests, then to the first. Dynamo counts blocks that active requests
 share once, here each counts; the gateway guesses what is cached, here it knows. What is active follows from a stated
 pace: prefills run one after another on a replica at ``prefill_tokens_per_s``, an answer then takes its tokens /

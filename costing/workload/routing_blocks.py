@@ -21,7 +21,7 @@ _SPARSE, _SLACK = 4, 1 << 20
 
 
 class BlockIndex:
-    """Grows with the chunks of one trace, in their order."""
+    """Grows with the chunks of one trace, in their order. ``where``: its name in errors; a request is a line."""
 
     def __init__(self, where: str = "trace") -> None:
         import numpy as np
@@ -56,7 +56,7 @@ class BlockIndex:
             at = int(wrong[0])
             request = int(np.searchsorted(starts, at, side="right")) - 1
             raise ValueError(
-                f"{self.where}: request {chunk.first_request + request + 1}: hash_ids: {ids[at]} follows another block "
+                f"{self.where}: line {chunk.first_request + request + 1}: hash_ids: {ids[at]} follows another block "
                 "than before; expected an id to name its whole prefix"
             )
         is_new = np.zeros(len(numbers), np.int64)

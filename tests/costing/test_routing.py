@@ -295,12 +295,12 @@ def test_a_hot_prefix_keeps_no_history() -> None:
 
 def test_ids_must_name_prefixes() -> None:
     two_places = [SyntheticRequest(0, 1024, 1, (0, 1)), SyntheticRequest(0, 1024, 1, (2, 1))]
-    with pytest.raises(ValueError, match="trace: request 2: hash_ids: 1 follows another block"):
+    with pytest.raises(ValueError, match="trace: line 2: hash_ids: 1 follows another block"):
         run(list(chunks_of(two_places)), [Router("random", 1, 5)])
-    with pytest.raises(ValueError, match="request 2: hash_ids: 1 follows another block"):
+    with pytest.raises(ValueError, match="line 2: hash_ids: 1 follows another block"):
         run(list(chunks_of(two_places, 1)), [Router("random", 1, 5)])
     twice = [SyntheticRequest(0, 1536, 1, (3, 4, 3))]
-    with pytest.raises(ValueError, match="request 1: hash_ids: 3 follows another block"):
+    with pytest.raises(ValueError, match="line 1: hash_ids: 3 follows another block"):
         run(list(chunks_of(twice)), [Router("random", 1, 5)])
 
 
