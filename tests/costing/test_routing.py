@@ -290,6 +290,16 @@ def test_a_hot_prefix_keeps_no_history() -> None:
     assert simulation.results()[0].hit_blocks == 2 * 5000 - 3
 
 
+def test_evicted_requests_leave_no_history() -> None:
+    made = list(synthetic_requests(2000, seed=1, mix=CHATS))
+    simulation = Simulation([Router("kv_aware", 2, 30)])
+    for chunk in chunks_of(made, 500):
+        simulation.add(chunk)
+    caches = simulation.states[0].caches
+    assert sum(map(len, caches._owners)) <= sum(caches.sizes) <= 60
+    assert sum(map(len, caches._queues)) < 250
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
