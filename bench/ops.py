@@ -12,41 +12,15 @@ Units: bytes, flops and seconds for one call on one GPU.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..kernels.formats import get_format, matrix_rate
+from .arrays import expm1, largest, smallest
 from .gpus import Gpu
 
 _BF16_BYTES = 2.0
-
-
-def _largest(*values: Any) -> Any:
-    """``max`` of numbers; value by value where any is an array."""
-    if not any(hasattr(value, "shape") for value in values):
-        return max(values)
-    import numpy as np
-
-    return functools.reduce(np.maximum, values)
-
-
-def _smallest(*values: Any) -> Any:
-    """``min`` of numbers; value by value where any is an array."""
-    if not any(hasattr(value, "shape") for value in values):
-        return min(values)
-    import numpy as np
-
-    return functools.reduce(np.minimum, values)
-
-
-def _expm1(value: Any) -> Any:
-    if not hasattr(value, "shape"):
-        return math.expm1(value)
-    import numpy as np
-
-    return np.expm1(value)
 
 
 @dataclass(frozen=True)
@@ -77,7 +51,7 @@ class Op:
         flops = self.flops
         has_none = isinstance(flops, float) and not flops
         matrix_s = 0.0 if has_none else flops / gpu.matrix_flops_per_s(self.rate)
-        return _largest(self.bytes / gpu.memory_bytes_per_s, matrix_s, self.link_s(gpu))
+        return largest(self.bytes / gpu.memory_bytes_per_s, matrix_s, self.link_s(gpu))
 
     def shape(self) -> str:
         """The shape for a reader."""
@@ -174,13 +148,13 @@ class Experts(Op):
     def touched_experts(self) -> float:
         held = self.num_experts / self.ep
         if self.load == "balanced" or self.num_experts == 1:
-            return _smallest(held, self.rows)
-        return held * -_expm1(self.num_tokens * self.top_k * math.log1p(-1 / self.num_experts))
+            return smallest(held, self.rows)
+        return held * -expm1(self.num_tokens * self.top_k * math.log1p(-1 / self.num_experts))
 
     @property
     def bytes(self) -> float:
         weights = self.touched_experts * 3 * self.hidden * self.inter / self.tp
-        read_once = _smallest(self.num_tokens, self.rows) * self.hidden
+        read_once = smallest(self.num_tokens, self.rows) * self.hidden
         activation = get_format(self.activation).bytes_per_value + _BF16_BYTES
         return weights * get_format(self.weight).bytes_per_value + read_once * activation
 
@@ -217,7 +191,7 @@ class PagedAttention(Op):
     @property
     def kv_tokens(self) -> int:
         """Cached tokens read per sequence."""
-        return self.length if self.window is None else _smallest(self.length, self.window)
+        return self.length if self.window is None else smallest(self.length, self.window)
 
     @property
     def bytes(self) -> float:
@@ -257,7 +231,7 @@ class MlaAttention(Op):
 
     @property
     def kv_tokens(self) -> int:
-        return self.length if self.top_k is None else _smallest(self.length, self.top_k)
+        return self.length if self.top_k is None else smallest(self.length, self.top_k)
 
     @property
     def bytes(self) -> float:
@@ -386,7 +360,7 @@ class ExpertAllToAll(Op):
         inside = min(self.ep, gpu.scale_up_gpus)
         up = self.sent_bytes * (inside - 1) / self.ep / gpu.link_bytes_per_s
         out = self.sent_bytes * (self.ep - inside) / self.ep / gpu.scale_out_bytes_per_s
-        return _largest(up, out)
+        return largest(up, out)
 
     def shape(self) -> str:
         return f"{self.num_tokens} tokens x {self.hidden}, top-{self.top_k}, ep {self.ep}, {self.payload}"
