@@ -241,6 +241,9 @@ def test_one_pool_is_passes_and_steps_by_hand() -> None:
     busy = one.time_s / 2 / (one.time_s / 2 + 512 * step_s / 64)
     assert found.tokens_per_s_per_user == pytest.approx((1 - busy) / step_s, rel=1e-12)
     assert not found.serving.is_disaggregated
+    (pool,) = found.serving.pools
+    measured = busy * one.coverage()["measured"] + (1 - busy) * found.decode.step.coverage()["measured"]
+    assert pool.shares["measured"] == pytest.approx(measured, rel=1e-12)
     assert sum(found.serving.shares.values()) == pytest.approx(1)
 
 
@@ -250,6 +253,8 @@ def test_two_pools_pay_for_all_gpus() -> None:
     assert bill.usd == pytest.approx(
         (prefill.gpu_s * prefill.usd_per_gpu_hour + decode.gpu_s * decode.usd_per_gpu_hour) / 3600, rel=1e-12
     )
+    assert prefill.shares == pytest.approx(found.prefill.passes[0].coverage())
+    assert decode.shares == found.decode.step.coverage()
     assert (prefill.usd_per_gpu_hour, decode.usd_per_gpu_hour) == (2.0, 2.9)  # each pool its own GPU and price
     assert (prefill.replica_gpus, decode.replica_gpus) == (32, 8)
     alone = found.decode.usd_per_mtok_output
@@ -299,6 +304,8 @@ def test_long_prompts_are_prefilled_in_chunks() -> None:
     assert found.cached_s == pytest.approx(cached_s, rel=1e-12)
     assert found.time_s == pytest.approx(sum(each.time_s for each in found.passes))
     assert sum(found.gpu_s_of().values()) == pytest.approx(found.gpu_s, rel=1e-12)
+    measured = sum(each.coverage()["measured"] * each.time_s for each in found.passes) / found.time_s
+    assert found.coverage()["measured"] == pytest.approx(measured, rel=1e-12)
     assert sum(found.coverage().values()) == pytest.approx(1)
     # each chunk projects cached latents up again
     assert found.time_s > prefill_work(plan, request, 8000).time_s
