@@ -220,21 +220,21 @@ class Source:
             raise self.refuse(
                 tpot_field, f"{LEAST_TPOT_S:g} to {GREATEST_TPOT_S:g} s per token (wrong unit?)", f"{tpot:g} s"
             )
+        e2e = served.e2e.mean_s if served.e2e else None
+        if tpot is not None and ttft is not None and e2e is not None:
+            parts = ttft + tpot * max(0.0, served.output_tokens_mean - 1)
+            if not 1 / PARTS_OF_E2E <= parts / e2e <= PARTS_OF_E2E:
+                raise self.refuse(
+                    ttft_field if ttft > e2e else tpot_field,
+                    f"TTFT + TPOT x output of about the {e2e:g} s that requests took, not {parts:.3g} s (wrong unit?)",
+                    f"{ttft:g} s + {tpot:g} s x {served.output_tokens_mean - 1:g}",
+                )
         if tpot is not None and ttft is not None and ttft < LEAST_TTFT_OF_TPOT * tpot:
             raise self.refuse(
                 ttft_field,
                 f"at least {LEAST_TTFT_OF_TPOT:g} of the mean TPOT of {tpot:g} s (wrong unit?)",
                 f"{ttft:g} s",
             )
-        e2e = served.e2e.mean_s if served.e2e else None
-        if tpot is not None and ttft is not None and e2e is not None:
-            parts = ttft + tpot * max(0.0, served.output_tokens_mean - 1)
-            if not 1 / PARTS_OF_E2E <= parts / e2e <= PARTS_OF_E2E:
-                raise self.refuse(
-                    tpot_field,
-                    f"TTFT + TPOT x output of about the {e2e:g} s that requests took, not {parts:.3g} s (wrong unit?)",
-                    f"{tpot:g} s",
-                )
         if served.acceptance_length is not None and served.acceptance_length < 1:
             raise self.refuse(fields.get("acceptance", "acceptance_length"), "1 or more", served.acceptance_length)
         limit = served.concurrency_limit

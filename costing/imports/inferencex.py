@@ -89,9 +89,8 @@ def flat(where: str, raw: dict[str, Any]) -> dict[str, Any]:
     api = Source(where).read(raw, _Api)
     row = {name: value for name, value in raw.items() if name not in ("hardware", "metrics", "spec_method")}
     row |= {"hw": api.hardware, "spec_decoding": api.spec_method, **api.metrics}
-    if not api.is_multinode:  # num_*_gpu are then tp x ep, which is not a number of GPUs
+    if not api.is_multinode:  # num_*_gpu are then tp x ep, no number of GPUs, and not read
         row |= {"tp": api.decode_tp, "ep": api.decode_ep, "dp_attention": api.decode_dp_attention}
-        row |= {"num_prefill_gpu": None, "num_decode_gpu": None}
     return row
 
 

@@ -198,6 +198,10 @@ def completed_by(served: Served, given: Given, *, kernels: bool = True) -> Serve
     for option in needed:
         if getattr(whole, option) is None:
             raise ValueError(f"{served.source}: {option}: the file does not say; give {OPTIONS[option]}")
+    if given.tokens_per_step is not None and given.tokens_per_step < 1:
+        raise ValueError(f"tokens_per_step: expected at least 1; got {given.tokens_per_step}")
+    if given.kept_tokens is not None and not 1 <= given.kept_tokens < math.inf:
+        raise ValueError(f"kept_tokens: expected 1 or more: the acceptance length; got {given.kept_tokens}")
     assert whole.num_gpus is not None
     if whole.num_gpus < 1:
         raise ValueError(f"{served.source}: num_gpus: expected at least 1; got {whole.num_gpus}")

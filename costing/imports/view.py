@@ -107,8 +107,10 @@ def distance_table(bills: Sequence[Bill]) -> Table:
 
 
 def omitted(bills: Sequence[Bill]) -> tuple[str, ...]:
-    """What the kernels' figures leave out: prefill only where one of them is of decode only."""
+    """What the kernels' figures, where there are any, leave out: prefill only where one of them is of decode only."""
     found = [bill.allowed for bill in bills if bill.allowed is not None]
+    if not found:
+        return ()
     if any(one.prefill is None for one in found):
         return OMITTED
     of_decode = (text for text in OMITTED if not text.startswith("prefill"))
@@ -164,9 +166,10 @@ def _served_dict(served: Served) -> dict[str, Any]:
     rate = served.request_rate_per_s
     plain = (
         "source", "tool", "tool_version", "model", "known_model", "gpu", "prefill_gpu", "num_gpus", "prefill_gpus",
-        "decode_gpus", "precision", "kv_format", "framework", "framework_version", "parallel_note", "concurrency_limit",
-        "mean_in_flight", "estimated_in_flight", "duration_s", "completed", "failed", "input_tokens_mean",
-        "output_tokens_mean", "output_tokens_per_s", "total_tokens_per_s", "speculative", "tokens_per_step", "acceptance_length",
+        "decode_gpus", "tokens_per_step", "acceptance_length", "precision", "kv_format", "framework",
+        "framework_version", "parallel_note", "concurrency_limit", "mean_in_flight", "estimated_in_flight",
+        "duration_s", "completed", "failed", "input_tokens_mean", "output_tokens_mean", "output_tokens_per_s",
+        "total_tokens_per_s", "speculative",
     )  # fmt: skip
     found = {name: getattr(served, name) for name in plain}
     found |= {

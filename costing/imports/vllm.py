@@ -110,7 +110,7 @@ def read(where: str, raw: dict[str, Any]) -> Served:
 
 def _of_latencies(source: Source, found: _Result) -> Spread | None:
     """The mean end-to-end latency, where every request has one: newer versions always write them, in seconds."""
-    if not found.latencies or found.failed or len(found.latencies) != found.completed:
+    if not found.latencies or len(found.latencies) != found.completed:
         return None
     for index, latency in enumerate(found.latencies):
         source.positive(f"latencies[{index}]", latency)

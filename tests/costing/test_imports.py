@@ -175,6 +175,12 @@ def test_later_aiperf_with_telemetry() -> None:
     assert fields_of(served, "tool_version", "gpu", "num_gpus", "failed") == ("0.5.0", "h200", None, 0)
     assert fields_of(served, "known_model", "concurrency_limit") == ("qwen3-30b-a3b", 20)
 
+    def cooled_down(raw: dict[str, Any]) -> None:
+        raw["input_config"]["phases"].append({"name": "cooldown", "type": "concurrency", "concurrency": 1})
+
+    again = aiperf.read("x", changed("profile_export_aiperf_telemetry.json", cooled_down))
+    assert again.concurrency_limit == 20
+
 
 def test_aiperf_records_by_hand() -> None:
     """Two slots, three requests each of 100 ms + 100 x 9 ms = 1 s, one after the other: 3 s. No warm-up, no failure."""

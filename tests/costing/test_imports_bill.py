@@ -243,12 +243,20 @@ def test_the_decode_gap_by_hand(tables: Tables) -> None:
     assert bill.gap_usd_per_mtok is not None
 
 
+def test_the_decode_gap_of_a_pool_is_on_its_own_gpus() -> None:
+    """8 decode GPUs at $4, 512 in flight, 34.162 ms per token: $32/3600 x 34.162e-3 / 512 per token."""
+    bill = priced(record(*POOLS[:1], index=POOLS[1]))
+    assert bill.at_tpot_usd_per_mtok == pytest.approx(32 / 3600 * 34.162e-3 / 512 * 1e6)
+
+
 def test_coverage_is_of_dollars(tables: Tables) -> None:
-    found = allow(record("vllm_serve.json", VLLM), tables)
+    found = allow(record("sglang.jsonl", Given(gpu="h100")), tables)
     assert found.prefill is not None
-    decode, prefill = found.step.coverage()["measured"], found.prefill.coverage()["measured"]
+    decode, prefill = found.step.coverage(), found.prefill.coverage()
+    assert abs(decode["interpolated"] - prefill["interpolated"]) > 0.02  # else the weights would not show
     part = found.decode_usd_per_mtok / found.usd_per_mtok_output
-    assert found.coverage()["measured"] == pytest.approx(decode * part + prefill * (1 - part))
+    for kind, share in found.coverage().items():
+        assert share == pytest.approx(decode[kind] * part + prefill[kind] * (1 - part))
 
 
 def test_drafts_are_verified_and_kept(tables: Tables) -> None:
@@ -337,6 +345,7 @@ def test_command_with_options_and_without_kernels() -> None:
     (result,) = json.loads(plain.output)["results"]
     assert result["usd_per_mtok_output_all_gpus"] == pytest.approx(4.0)  # 8 x 1.80 / 3.6
     assert (result["kernels_allow"], result["no_kernels_figure"]) == (None, None)
+    assert json.loads(plain.output)["omitted"] == []
     whole = run(path("vllm_serve.json"), *options, "--precision", "fp8", "--parallel", "tp8")
     assert "measured mean in flight" in whole.output
     assert "6.444" in whole.output

@@ -76,6 +76,9 @@ def test_options_that_agree_or_refine_are_no_conflict() -> None:
         ({"gpu": "h2000"}, "gpu"),
         ({"model": "deepseek-r9"}, "model"),
         ({"precision": "fp7"}, "precision"),
+        ({"tokens_per_step": 0}, "tokens_per_step"),
+        ({"kept_tokens": 0.9}, "kept_tokens"),
+        ({"kept_tokens": float("nan")}, "kept_tokens"),
     ],
 )  # fmt: skip
 def test_options_that_cannot_be(given: dict[str, Any], field: str) -> None:

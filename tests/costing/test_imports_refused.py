@@ -170,6 +170,19 @@ def test_a_load_of_a_given_rate_does_not_keep_to_its_limit() -> None:
         assert "TTFT and TPOT" in served.concurrency_source
 
 
+@pytest.mark.parametrize(("metric", "factor"), [("ttft", 1e-3), ("ttft", 1e3), ("tpot", 1e-3), ("tpot", 1e3)])
+def test_one_latency_in_another_unit_than_the_rest(metric: str, factor: float) -> None:
+    """All statistics of it, so that they agree with each other: TTFT + TPOT x length is not what requests took."""
+
+    def scaled(raw: dict[str, Any]) -> None:
+        for name in raw:
+            if name.endswith(f"_{metric}_ms"):
+                raw[name] *= factor
+
+    with pytest.raises(ValueError, match=f"mean_{metric}_ms.*wrong unit"):
+        vllm.read("x", changed("vllm_serve.json", scaled))
+
+
 def test_latencies_that_were_not_measured_are_none_not_zero() -> None:
     def unstreamed(raw: dict[str, Any]) -> None:
         for name in raw:
