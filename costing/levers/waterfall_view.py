@@ -286,17 +286,19 @@ def ratios_lines(found: Sequence[Found], max_modelled: float) -> list[str]:
     ]
 
 
-def point_text(priced: Priced | None) -> str:
-    """A point in few words."""
+def point_cells(priced: Priced | None) -> tuple[str, ...]:
+    """A point in few words, tokens/s/user, tokens/s/GPU, $/M, share modelled."""
     if priced is None:
-        return "no such point"
+        return ("no such point", "-", "-", "-", "-")
     point = priced.point
-    drafts = f" {point.drafts} draft{'s' if point.drafts > 1 else ''}" if point.drafts else ""
-    drafts += f", prefill {point.prefill_parallel}" if point.prefill_parallel else ""
+    drafts = f", {point.drafts} draft{'s' if point.drafts > 1 else ''}" if point.drafts else ""
+    apart = f", prefill {point.prefill_parallel}" if point.prefill_parallel else ""
     return (
-        f"{point.stack} {point.precision.name} {point.parallel} batch {point.batch_per_gpu:g}{drafts}: "
-        f"{number(priced.tokens_per_s_per_user, 3)}/user, {number(priced.tokens_per_s_per_gpu, 4)}/GPU, "
-        f"${number(priced.usd_per_mtok)}, {priced.coverage['modelled']:.0%} modelled"
+        f"{point.stack} {point.precision.name} {point.parallel} batch {point.batch_per_gpu:g}{drafts}{apart}",
+        number(priced.tokens_per_s_per_user, 3),
+        f"{priced.tokens_per_s_per_gpu:,.0f}",
+        number(priced.usd_per_mtok),
+        f"{priced.coverage['modelled']:.0%}",
     )
 
 
@@ -305,8 +307,8 @@ def ratios_table(found: Sequence[Found], rows: Sequence[Ratio]) -> Table:
     cells = [
         (
             f"{row.min_before:g}",
-            point_text(row.before),
-            point_text(row.after),
+            *point_cells(row.before),
+            *point_cells(row.after),
             "-" if row.throughput is None else f"{row.throughput:.1f}",
             "-" if row.factor is None else f"{row.factor:.1f}",
         )
@@ -314,8 +316,12 @@ def ratios_table(found: Sequence[Found], rows: Sequence[Ratio]) -> Table:
     ]
     model = found[0].points[0].step.model.name
     title = f"{model}: $ per million {_sides_denominator(found)}, the same tokens/s/user on both sides"
-    columns = ("tokens/s/user >=", "from", "to", "x tokens/s/GPU", "times cheaper")
-    return plain_table(title, columns, cells, left=3)
+    figures = ("tok/s/user", "tok/s/GPU", "$/M", "model")
+    columns = (">= tok/s/user", "from", *figures, "to", *figures, "x tok/s/GPU", "times cheaper")
+    table = plain_table(title, columns, cells, left=2)
+    second = table.columns[2 + len(figures)]
+    second.justify, second.no_wrap = "left", False
+    return table
 
 
 def mismatched_table(matrix: Sequence[Sequence[Ratio]]) -> Table:

@@ -169,7 +169,7 @@ def floor_by_hand(op: Op, gpu: Gpu, parts: tuple[Op, ...] = ()) -> float:
 
 
 def test_the_gpu_is_split_by_the_roofline() -> None:
-    start = replace(H200, batch_per_gpu=96)
+    start = replace(H200, batch_per_gpu=96, parallel=Parallel.parse("dp16-ep16"))  # over two domains, then in one
     end = replace(start, gpu=GB300.gpu)
     found = ordered_waterfall(pricer("deepseek-r1"), start, end)
     assert [f.name for f in found.factors] == [f"gpu: {name}" for name in SPLIT]
