@@ -59,12 +59,16 @@ class Cache:
 
 @dataclass(frozen=True)
 class Demand:
-    """A load and where it is from. ``notes``: what was made of the trace, and what its reader should know."""
+    """A load and where it is from. ``notes``: what was made of the trace, and what its reader should know.
+
+    ``caches``: how many were simulated, if any.
+    """
 
     workload: Workload
     trace: Path
     cached: str
     notes: tuple[str, ...]
+    caches: int | None = None
 
     @property
     def cached_share(self) -> float:
@@ -119,7 +123,7 @@ def read_demand(
             f"{at_once:.0%} of the requests have the time of the one before: the trace's clock ticks, and what it "
             "bundles waits for one another here"
         )
-    return Demand(workload, path, said, tuple(notes))
+    return Demand(workload, path, said, tuple(notes), cache.replicas if cache else None)
 
 
 def _first(chunks: Iterator[Chunk], requests: int) -> Iterator[Chunk]:

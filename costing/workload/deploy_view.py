@@ -171,6 +171,15 @@ def deploy_lines(found: Answer) -> list[str]:
         lines.append(f"cannot be met: {limits_text(limits)}: {failing_text(search, limits, search.failing(limits))}")
     else:
         lines += _best_lines(found.best)
+        served, caches = found.best.served, found.demand.caches
+        groups = served.prefill_replicas * served.prefill.deployment.attention_dp or (
+            served.decode_replicas * served.decode.deployment.attention_dp
+        )
+        if caches is not None and caches != groups:
+            lines.append(
+                f"caches: simulated for {caches} replicas; here {groups:g} attention groups prefill: "
+                f"--replicas {groups:g} simulates as many"
+            )
         for index, choice in enumerate(found.choices):
             if choice is None:
                 why = failing_text(search, limits, search.failing(limits, index), index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,16 @@ def test_for_people(trace: Path) -> None:
         assert phrase in result.output
     assert "nan" not in result.output.lower().split()
     assert " inf" not in result.output
+
+
+def test_caches_are_set_against_what_prefills(trace: Path) -> None:
+    result = run(trace, *QUICK, "--cache-tokens", "500000", "--replicas", "3")
+    assert result.exit_code == 0, result.output
+    assert "kv_aware routing over 3 replicas with caches of 500,000 tokens each" in result.output
+    found = re.search(r"simulated for 3 replicas; here (\d+) attention groups prefill", result.output)
+    assert found
+    again = run(trace, *QUICK, "--cache-tokens", "500000", "--replicas", found[1])
+    assert f"kv_aware routing over {found[1]} replicas" in again.output
 
 
 def test_help(trace: Path) -> None:

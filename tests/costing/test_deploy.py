@@ -29,7 +29,7 @@ from tokenfab.costing.workload.deploy import (
     PrefillPool,
     Workload,
 )
-from tokenfab.costing.workload.fleet import aggregated, disaggregated
+from tokenfab.costing.workload.fleet import aggregated, disaggregated, ttft_s
 from tokenfab.tests.costing.made_up_pools import decode, load, options, prefill
 
 
@@ -98,6 +98,16 @@ def test_an_aggregated_pool_by_hand(workload: Workload) -> None:
     assert served.shares == pytest.approx(
         {"interpolated": of_prefill, "measured": 0.75 * (1 - of_prefill), "modelled": 0.25 * (1 - of_prefill)}
     )
+
+
+@pytest.mark.parametrize(("groups", "places"), [(8, 130), (10, 170), (300, 160), (7, 100_000)])
+def test_every_request_s_time_to_first_token_is_that_of_a_simulation(
+    workload: Workload, groups: int, places: int
+) -> None:
+    one = prefill(workload, 1, 1e-4, hand_over_s=0.5)
+    busy = workload.output_tokens * 0.02
+    found = ttft_s(workload, one, groups, one.hand_over_s, busy, places)
+    assert found == pytest.approx(simulated_ttft(workload, one, groups, one.hand_over_s, busy, places), rel=1e-9)
 
 
 def test_a_faster_user_leaves_less_time_for_prefill(workload: Workload) -> None:
