@@ -117,6 +117,7 @@ class _Ops:
                 calls.append(np.full(length, call.calls_per_step))
                 names.append((call.name, length))
             start += length
+        self._floors: dict[Gpu, np.ndarray] = {}
         self.families = list(families.values())
         offsets = dict(zip(map(id, self.families), np.cumsum([0, *(f.length for f in self.families)]), strict=False))
         self.num_steps = start
@@ -135,8 +136,11 @@ class _Ops:
         return np.concatenate([each[0] for each in found]), np.concatenate([each[1] for each in found])
 
     def floors(self, gpu: Gpu) -> np.ndarray:
-        """The roofline floor of one call of every op."""
-        return np.concatenate([np.asarray(f.distinct[0].floor_s(gpu))[f.distinct[1]] for f in self.families])
+        """The roofline floor of one call of every op; of no stack."""
+        if gpu not in self._floors:
+            found = [np.asarray(f.distinct[0].floor_s(gpu))[f.distinct[1]] for f in self.families]
+            self._floors = {gpu: np.concatenate(found)}  # a sweep asks for one GPU's after another's
+        return self._floors[gpu]
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ field, ``DoesNotFit`` where no batch fits with drafts.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -34,6 +33,7 @@ from ...bench.published import model_timing
 from ...bench.step_time import StepTime, TimedOp, step_time
 from ..cost import StepCost
 from .acceptance import Acceptance, check_drafts
+from .break_even import BreakEven, ladder, last_false
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,9 +47,6 @@ if TYPE_CHECKING:
 MTP, NGRAM = "mtp", "ngram"
 DRAFT = "draft_"
 """Begins the name of every op that drafts."""
-
-EVERY = 512
-"""Up to so many sequences per attention group the break-even is looked for one by one."""
 
 _BF16_BYTES = 2.0
 
@@ -177,34 +174,6 @@ def most_sequences(model: ModelConfig, gpu: Gpu, verify: Deployment, drafter: Dr
 
 
 @dataclass(frozen=True)
-class BreakEven:
-    """Beyond which batch a number of drafts costs more.
-
-    Attributes:
-        batch_per_gpu: the largest batch at which drafts cost no more; None where they cost less at every batch that
-            fits (``is_never_dearer``), or more at every one.
-        largest_batch_per_gpu: the most that fits with drafts.
-        crossings: how often the cheaper side changes over the batches looked at; more than one: tables have steps, and
-            ``batch_per_gpu`` is the last at which drafts cost no more.
-    """
-
-    drafts: int
-    batch_per_gpu: float | None
-    is_never_dearer: bool
-    largest_batch_per_gpu: float
-    crossings: int
-
-    def describe(self) -> str:
-        drafts = f"{self.drafts} draft" + ("s" if self.drafts > 1 else "")
-        if self.is_never_dearer:
-            return f"{drafts}: never cost more within what fits, {self.largest_batch_per_gpu:g} sequences/GPU"
-        if self.batch_per_gpu is None:
-            return f"{drafts}: cost more at every batch that fits, {self.largest_batch_per_gpu:g} sequences/GPU at most"
-        more = f" (the last of {self.crossings} crossings)" if self.crossings > 1 else ""
-        return f"{drafts}: cost more beyond {self.batch_per_gpu:g} sequences/GPU{more}"
-
-
-@dataclass(frozen=True)
 class SpeculationPoint:
     """One batch: without drafts, and with each number that fits."""
 
@@ -311,7 +280,7 @@ class Speculation:
             ValueError: no batch, one that is no whole number of sequences per group, or none that fits.
         """
         most = self.most(0)
-        asked = [each / self._base.attention_tp for each in _ladder(most)] if batches is None else list(batches)
+        asked = [each / self._base.attention_tp for each in ladder(most)] if batches is None else list(batches)
         if not asked:
             raise ValueError("batch: expected at least one; got none")
         found = []
@@ -338,42 +307,10 @@ class Speculation:
             return [one / self.kept[drafts] > other for one, other in zip(drafted, plain, strict=True)]
 
         most, tp = self.most(drafts), self._base.attention_tp
-        last, crossings = last_false(are_dearer, most)
-        return BreakEven(drafts, last / tp if 0 < last < most else None, last == most, most / tp, crossings)
-
-
-def _ladder(most: int) -> list[int]:
-    """1, 2, 4, ... and ``most``."""
-    steps = [2**power for power in range(most.bit_length()) if 2**power <= most]
-    return steps if steps and steps[-1] == most else [*steps, most]
-
-
-def _scanned(most: int) -> list[int]:
-    """Every whole number up to ``EVERY``, then steps of 2 %, and ``most``."""
-    steps = list(range(1, min(most, EVERY) + 1))
-    while steps[-1] < most:
-        steps.append(min(most, steps[-1] + steps[-1] // 50))
-    return steps
-
-
-def last_false(are_true: Callable[[list[int]], list[bool]], most: int) -> tuple[int, int]:
-    """(the last whole number up to ``most`` of which ``are_true`` says no, changes seen); 0 where it always says yes.
-
-    Exact up to ``EVERY``; beyond, where it changes once in the gap after the last no among the numbers looked at.
-    """
-    steps = _scanned(most)
-    seen = are_true(steps)
-    crossings = sum(before != after for before, after in itertools.pairwise(seen))
-    if all(seen):
-        return 0, crossings
-    place = len(seen) - 1 - seen[::-1].index(False)
-    if place == len(seen) - 1:
-        return most, crossings
-    low, high = steps[place], steps[place + 1]
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if are_true([middle])[0] else (middle, high)
-    return low, crossings
+        last, first, crossings = last_false(are_dearer, most)
+        return BreakEven(
+            drafts, last / tp if 0 < last < most else None, first / tp if first else None, most / tp, crossings
+        )
 
 
 def speculation(plan: Study, acceptance: Acceptance, drafts: Sequence[int], kind: str = MTP) -> list[Speculation]:

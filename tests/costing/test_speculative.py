@@ -20,7 +20,8 @@ from tokenfab.bench.ops import Gemm, MlaAttention
 from tokenfab.bench.published import MODELLED, PublishedData
 from tokenfab.bench.step_time import published_step
 from tokenfab.costing.levers.acceptance import Acceptance
-from tokenfab.costing.levers.speculative import Drafter, Speculation, last_false
+from tokenfab.costing.levers.break_even import BreakEven, last_false
+from tokenfab.costing.levers.speculative import Drafter, Speculation
 from tokenfab.costing.prices import stated_price
 
 MODEL, H200 = load_model("deepseek-v3"), get_gpu("h200")
@@ -138,16 +139,50 @@ def test_never_within_what_fits_is_said(published: PublishedData) -> None:
 
 @given(st.integers(1, 30000), st.integers(0, 30000))
 def test_last_false_of_a_single_change(most: int, last: int) -> None:
-    found, crossings = last_false(lambda values: [value > last for value in values], most)
+    found, first, crossings = last_false(lambda values: [value > last for value in values], most)
     assert found == min(last, most)
+    assert (first == 0) == (last >= most)
     assert crossings == (1 if 0 < last < most else 0)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=500))
 def test_last_false_of_any_curve(is_true: list[bool]) -> None:
-    found, crossings = last_false(lambda values: [is_true[value - 1] for value in values], len(is_true))
+    found, first, crossings = last_false(lambda values: [is_true[value - 1] for value in values], len(is_true))
     assert found == max((place + 1 for place, each in enumerate(is_true) if not each), default=0)
+    assert first == min((place + 1 for place, each in enumerate(is_true) if each), default=0)
     assert crossings == sum(is_true[place] != is_true[place + 1] for place in range(len(is_true) - 1))
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (BreakEven(1, None, None, 64, 0), "1 draft: never cost more within what fits, 64 sequences/GPU"),
+        (BreakEven(3, None, 1, 64, 0), "3 drafts: cost more at every batch that fits, 64 sequences/GPU at most"),
+        (BreakEven(3, 16.5, 17, 64, 1), "3 drafts: cost more beyond 16.5 sequences/GPU"),
+        (BreakEven(3, 16, 2, 64, 3), "3 drafts: cost more beyond 16 sequences/GPU (and in places from 2 on)"),
+        (BreakEven(3, None, 8, 64, 2),
+         "3 drafts: cost more in places from 8 on, but not at what fits, 64 sequences/GPU"),
+    ],
+)  # fmt: skip
+def test_a_break_even_in_words(found: BreakEven, text: str) -> None:
+    assert found.describe() == text
+    assert found.is_never_dearer == ("never" in text)
+
+
+def test_dearer_in_places_is_not_never(published: PublishedData) -> None:
+    """gpt-oss-120b's window rows have a step: drafts cost more at some batches, and less again at the largest."""
+    model, gpu = load_model("gpt-oss-120b"), get_gpu("h100")
+    base = Deployment(1, 1, 1, get_precision("mxfp4"), 1, 4096)
+    found = speculate(published, [3], 0.7, "ngram", model=model, gpu=gpu, stack="vllm", deployment=base)
+    (each,) = found.break_evens
+    dearer = [
+        sequences for sequences in range(1, found.most(3) + 1)
+        if found.cost(3, sequences).usd_per_mtok_output > found.cost(0, sequences).usd_per_mtok_output
+    ]  # fmt: skip
+    assert dearer
+    assert each.first_dearer_per_gpu == dearer[0]
+    assert not each.is_never_dearer
+    assert (each.batch_per_gpu is None) == (dearer[-1] < found.most(3))
 
 
 def test_memory_of_what_drafts_is_hand_counted(published: PublishedData) -> None:
