@@ -18,7 +18,7 @@ class BreakEven:
     """Beyond which batch a number of drafts costs more.
 
     Attributes:
-        batch_per_gpu: the largest batch at which drafts cost no more, where all that fit beyond it cost more; None where
+        batch_per_gpu: the largest batch at which drafts cost no more, where all beyond that fit cost more; None where
             drafts cost no more at the largest that fits, or more at every one.
         first_dearer_per_gpu: the smallest batch at which drafts cost more; None where there is none.
         largest_batch_per_gpu: the most that fits with drafts.
