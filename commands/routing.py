@@ -23,6 +23,7 @@ _model_options = combined(
     click.option("--gpu", help="See `tokenfab gpus`."),
     click.option("--stack", default="vllm", show_default=True, help="vllm, sglang, trtllm."),
     parallel_option,
+    comma("--cache-gib", "cache_gib", "Or GiB of one GPU; host memory counts as if it were as fast.", item=float),
     click.option("--batch", type=float, default=16, show_default=True, help="Sequences per GPU beside the cache."),
 )
 
@@ -46,8 +47,8 @@ _model_options = combined(
 @json_option
 def routing(
     trace: Path, replicas: int, policies: list[str], cache_tokens: list[str] | None, seed: int, prefill_weight: float,
-    prefill_tokens_per_s: float | None, tokens_per_s_per_user: float | None, report: Path | None, as_json: bool,
-    **options: Any,
+    cache_gib: list[float] | None, prefill_tokens_per_s: float | None, tokens_per_s_per_user: float | None,
+    report: Path | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """What prefix caches hit on TRACE, where requests are routed to replicas by each policy.
 
@@ -61,14 +62,16 @@ def routing(
       tokenfab routing mooncake_conversation.jsonl --policy kv_aware,sticky --replicas 32 --cache-tokens 1000000
       tokenfab routing mooncake_conversation.jsonl --model deepseek-v3 --gpu h200 --stack sglang --parallel dp8-ep8
     """
+    from ..bench.gpus import GIB
     from ..costing.workload import routing_view as view
 
     plan = _plan(**options)
     sizes = [view.parse_cache_tokens(text) for text in cache_tokens or ()]
     with Progress("trace", as_json) as bar:
         found = view.compare(
-            trace, policies, sizes, replicas, seed=seed, prefill_weight=prefill_weight,
-            pace=_pace(prefill_tokens_per_s, tokens_per_s_per_user), plan=plan, progress=bar.update,
+            trace, policies, sizes, replicas, cache_bytes=[gib * GIB for gib in cache_gib or ()], seed=seed,
+            prefill_weight=prefill_weight, pace=_pace(prefill_tokens_per_s, tokens_per_s_per_user), plan=plan,
+            progress=bar.update,
         )  # fmt: skip
     if report is not None:
         from ..costing.report.workload_views import write_routing

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ...bench.gpus import GIB
 from ...bench.memory import kv_bytes_per_sequence, memory
 from ...bench.prefill_time import PrefillTime, prefill_time
 from ...bench.recorded import find_stack
@@ -131,27 +132,33 @@ class Prefiller:
         """
         return cls(study, price_step(study))
 
+    def tokens_in(self, num_bytes: float) -> int:
+        """Cached tokens that so many bytes of one GPU hold: of a sequence at the study's context.
+
+        Raises:
+            ValueError: not even a block.
+        """
+        deployment = self.step.step.deployment
+        per_sequence = kv_bytes_per_sequence(
+            self.study.sweep.model, deployment.context, deployment.precision, deployment.attention_tp
+        )
+        tokens = int(num_bytes / per_sequence * deployment.context)
+        if tokens < BLOCK_TOKENS:
+            raise ValueError(
+                f"cache: expected room for a block of {BLOCK_TOKENS} tokens beside {deployment.batch_per_gpu:g} "
+                f"sequences/GPU of {deployment.context} tokens; {tokens} fit in {num_bytes / GIB:.3g} GiB"
+            )
+        return tokens
+
     @property
     def cache_tokens(self) -> int:
         """Per attention group, in the memory that weights, reserve and the batch's own KV cache leave.
 
-        Bytes per token are those of a sequence at the study's context.
-
         Raises:
             ValueError: not even a block fits.
         """
-        sweep, deployment = self.study.sweep, self.step.step.deployment
-        need = memory(sweep.model, sweep.gpus[0], deployment)
-        per_sequence = kv_bytes_per_sequence(
-            sweep.model, deployment.context, deployment.precision, deployment.attention_tp
-        )  # fmt: skip
-        tokens = int(-need.shortfall_bytes / per_sequence * deployment.context)
-        if tokens < BLOCK_TOKENS:
-            raise ValueError(
-                f"batch: expected room for a cached block of {BLOCK_TOKENS} tokens beside {deployment.batch_per_gpu:g} "
-                f"sequences/GPU of {deployment.context} tokens; {tokens} fit"
-            )
-        return tokens
+        sweep = self.study.sweep
+        return self.tokens_in(-memory(sweep.model, sweep.gpus[0], self.step.step.deployment).shortfall_bytes)
 
     def time(self, new: int, cached: int) -> PrefillTime:
         """Of one prompt per attention group."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,12 +67,14 @@ def lengths_of(source: TraceFile, progress: Callable[[int, int], None]) -> Trace
 
 
 def compare(
-    path: Path, policies: Sequence[str], cache_tokens: Sequence[int | None], replicas: int, *, seed: int = 0,
-    prefill_weight: float = 1.0, pace: Pace | None = None, plan: Callable[[int], Study] | None = None,
+    path: Path, policies: Sequence[str], cache_tokens: Sequence[int | None], replicas: int, *,
+    cache_bytes: Sequence[float] = (), seed: int = 0, prefill_weight: float = 1.0, pace: Pace | None = None,
+    plan: Callable[[int], Study] | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Comparison:  # fmt: skip
     """Every policy with every size of cache. ``plan``: the study of one model, GPU, stack and parallelism at a context,
-    for savings; without ``cache_tokens`` the size is what its memory leaves, without ``pace`` that is its own.
+    for savings; without sizes the size is what its memory leaves, without ``pace`` that is its own. ``cache_bytes``: of
+    one GPU, more sizes; with a plan only.
 
     Raises:
         ValueError: neither sizes nor a plan; what ``traces``, ``routing`` and ``routing_saving`` refuse.
@@ -79,6 +82,11 @@ def compare(
     import numpy as np
 
     source = open_trace(path)
+    if cache_bytes and plan is None:
+        raise ValueError("cache_bytes: expected a model and a GPU with it, which say what a token takes")
+    for size in cache_bytes:
+        if not (math.isfinite(size) and size > 0):
+            raise ValueError(f"cache_bytes: expected a positive number; got {size}")
     if not cache_tokens and plan is None:
         raise ValueError("cache_tokens: expected sizes of a cache, or a model and a GPU whose memory says it")
     if not policies:
@@ -89,7 +97,7 @@ def compare(
         mean_output = trace.output_tokens / trace.output_tokens.sum()
         context = max(1, round(float((mean_output * (trace.input_tokens + trace.output_tokens / 2)).sum())))
         prefiller = Prefiller.of(plan(context))
-        cache_tokens = cache_tokens or [prefiller.cache_tokens]
+        cache_tokens = [*cache_tokens, *map(prefiller.tokens_in, cache_bytes)] or [prefiller.cache_tokens]
         if pace is None:
             pace = prefiller.pace(max(1, round(float(trace.input_tokens.mean()))))
             pace_source = "the model's on this GPU: prompts of the trace's mean length, alone; the decode step"

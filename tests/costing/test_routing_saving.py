@@ -128,8 +128,26 @@ def test_the_cache_is_what_memory_leaves() -> None:
     assert 0.999 * free < more <= free
     almost_full = replace(deployment, reserve_bytes=deployment.reserve_bytes + int(free) - 100)
     full = replace(prefiller, step=replace(prefiller.step, step=replace(prefiller.step.step, deployment=almost_full)))
-    with pytest.raises(ValueError, match="batch: expected room for a cached block of 512 tokens beside 24 sequences"):
+    with pytest.raises(
+        ValueError, match=r"cache: expected room for a block of 512 tokens beside 24 sequences.*; \d\d? fit in"
+    ):
         _ = full.cache_tokens
+
+
+def test_cache_in_bytes(trace: Path) -> None:
+    found = compare(trace, ["sticky"], [4096], 4, cache_bytes=[2**30, 2**31], plan=plan)
+    assert found.prefiller is not None
+    deployment = found.prefiller.step.step.deployment
+    model, context = found.prefiller.study.sweep.model, deployment.context
+    per_token = kv_bytes_per_sequence(model, context, deployment.precision, 2) / context
+    sizes = [each.router.cache_blocks for each in found.routed]
+    assert sizes[0] == 8
+    assert sizes[1:] == pytest.approx([2**30 / per_token / 512, 2**31 / per_token / 512], rel=1e-3)
+    for size in (-1.0, 0.0, 1000.0, float("nan")):
+        with pytest.raises(ValueError, match="cache"):
+            compare(trace, ["sticky"], [], 4, cache_bytes=[size], plan=plan)
+    with pytest.raises(ValueError, match="cache_bytes: expected a model and a GPU"):
+        compare(trace, ["sticky"], [4096], 4, cache_bytes=[2**30])
 
 
 def test_comparison(trace: Path) -> None:
@@ -218,6 +236,7 @@ def test_dollars_in_the_table_name_their_tokens(trace: Path) -> None:
         (["--cache-tokens", "5000", "--tokens-per-s-per-user", "3", "--prefill-tokens-per-s", "-1"],
          "prefill_tokens_per_s: expected a positive number; got -1"),
         (["--model", "gpt-oss-120b"], "model: expected --model and --gpu, or neither"),
+        (["--cache-gib", "5"], "cache_bytes: expected a model and a GPU"),
         (["--gpu", "h200"], "model: expected --model and --gpu, or neither"),
         (["--model", "gpt-oss-120b", "--gpu", "h200", "--usd-per-gpu-hour", "-1"], "usd_per_gpu_hour"),
     ],
