@@ -20,6 +20,7 @@ VERSION = next(
 )
 
 KERNELS = ["ml_dtypes>=0.5", "nvidia-ml-py>=12.560", "safetensors>=0.5", "torch>=2.11", "triton>=3.6"]
+RAY = ["ray>=2.40"]
 TEST = [
     "basedpyright>=1.31",
     "hypothesis>=6.100",
@@ -45,6 +46,7 @@ setup(
         "tokenfab.kernels",
         "tokenfab.bench",
         "tokenfab.costing",
+        "tokenfab.costing.imports",
         "tokenfab.costing.levers",
         "tokenfab.costing.report",
         "tokenfab.costing.workload",
@@ -67,7 +69,7 @@ setup(
         "pyyaml>=6",
         "rich>=13",
     ],
-    extras_require={"kernels": KERNELS, "test": TEST},
+    extras_require={"kernels": KERNELS, "ray": RAY, "test": [*TEST, *RAY]},
     entry_points={
         "console_scripts": ["tokenfab = tokenfab.__main__:main"],
         "pytest11": ["tokenfab = tokenfab.commands.pytest_plugin"],

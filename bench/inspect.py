@@ -14,8 +14,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -262,12 +263,35 @@ def _check(point: CompilePoint, compiled: Compiled) -> Iterable[Finding]:
             yield Finding("ptxas", warning)
 
 
+Numbered = tuple[int, dict[str, Any]]
+Compile = Callable[[Sequence[Numbered]], Generator[Numbered, None, None]]
+"""Compiles numbered jobs somewhere; yields (number, answer as ``Child.ask`` gives it) as they are done."""
+
+
+def compile_here(jobs: int | None, timeout_s: float) -> Compile:
+    """``jobs`` processes of this machine at a time; None: one per core."""
+
+    def compile_all(waiting: Sequence[Numbered]) -> Generator[Numbered, None, None]:
+        children = Children()
+        with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
+            try:
+                futures = {pool.submit(children.ask, job, timeout_s): index for index, job in waiting}
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+                children.close()
+
+    return compile_all
+
+
 def inspect(
     points: Iterable[CompilePoint],
     archs: Sequence[str] = tuple(ARCHS),
     *,
     jobs: int | None = None,
     timeout_s: float = 300.0,
+    compile_all: Compile | None = None,
     use_cache: bool = True,
     cache_dir: Path | None = None,
     progress: Callable[[int, int, Inspection], None] | None = None,
@@ -276,6 +300,7 @@ def inspect(
 
     Args:
         jobs: compiling processes at a time; None: one per core.
+        compile_all: where to compile instead; then ``jobs`` and ``timeout_s`` are not used.
         cache_dir: None: ``inspect`` in ``TOKENFAB_CACHE`` or in tokenfab's folder of the platform.
         progress: called in this thread with (done, total, inspection) as each is done.
 
@@ -307,23 +332,17 @@ def inspect(
         else:
             waiting.append((index, job))
     waiting.sort(key=lambda each: each[1]["module"])  # one process serves one module
-    children = Children()
-    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
-        try:
-            futures = {pool.submit(children.ask, job, timeout_s): (index, job) for index, job in waiting}
-            for future in as_completed(futures):
-                (index, job), answer = futures[future], future.result()
-                point, arch = tasks[index]
-                if "failure" in answer:
-                    failed = Finding(answer["failure"], answer["text"])
-                    finish(index, Inspection(point, arch, None, (failed,)))
-                    continue
-                if use_cache:
-                    cache.put(job, answer)
-                finish(index, read_facts(point, arch, answer["facts"]))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            children.close()
+    job_of = dict(waiting)
+    with closing((compile_all or compile_here(jobs, timeout_s))(waiting)) as answers:
+        for index, answer in answers:
+            point, arch = tasks[index]
+            if "failure" in answer:
+                failed = Finding(answer["failure"], answer["text"])
+                finish(index, Inspection(point, arch, None, (failed,)))
+                continue
+            if use_cache:
+                cache.put(job_of[index], answer)
+            finish(index, read_facts(point, arch, answer["facts"]))
     return [done[index] for index in range(len(tasks))]
 
 

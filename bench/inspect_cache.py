@@ -45,6 +45,14 @@ def toolchain() -> dict[str, str]:
     return found
 
 
+def compiler_environment() -> dict[str, str]:
+    """This process's variables that decide what a compiler makes, but for those that a child sets itself."""
+    prefixes = ("TRITON_", "DISABLE_", "LLVM_", "MLIR_", "NVPTX_", "PTXAS_")
+    return {
+        name: value for name, value in os.environ.items() if name.startswith(prefixes) and name not in CHILD_ENVIRONMENT
+    }
+
+
 class Cache:
     """Facts of earlier compilations, one file each.
 
@@ -57,12 +65,7 @@ class Cache:
         self._common = {
             "toolchain": toolchain,
             "python": sys.version,
-            "environment": {
-                name: value
-                for name, value in os.environ.items()
-                if name.startswith(("TRITON_", "DISABLE_", "LLVM_", "MLIR_", "NVPTX_", "PTXAS_"))
-                and name not in CHILD_ENVIRONMENT
-            },
+            "environment": compiler_environment(),
         }
         self._hashes: dict[str, str] = {}
 

@@ -24,7 +24,7 @@ from ..kernels.moe_work import draw_ids, local_experts
 from ..kernels.registry import Shape
 from ..kernels.tiles import Tile
 from .gpus import Gpu
-from .inspect import Inspection, floors, inspect
+from .inspect import Compile, Inspection, floors, inspect
 from .sm_limits import SM_LIMITS, issue_rate
 from .targets import Target
 from .tune_space import GROUP, Dropped, Place, candidates, place_of, seen_tokens
@@ -181,12 +181,12 @@ def _named(point: CompilePoint, place: Place, tile: Tile) -> CompilePoint:
 
 def prune(
     target: Target, gpu: Gpu, *, jobs: int | None = None, use_cache: bool = True,
-    progress: Callable[[int, int, Inspection], None] | None = None,
+    progress: Callable[[int, int, Inspection], None] | None = None, compile_all: Compile | None = None,
 ) -> Pruned:  # fmt: skip
     """Compiles the candidates of a target for ``gpu`` and keeps those worth measuring, best floors first.
 
     Args:
-        jobs, use_cache, progress: as ``inspect``.
+        jobs, use_cache, progress, compile_all: as ``inspect``.
 
     Raises:
         ValueError: an op without tiles, or a GPU that nothing is compiled for. RuntimeError: no Triton.
@@ -199,7 +199,9 @@ def prune(
     parts = {tile: _parts(place, place.launched(tile), target.shape, gpu.num_sms) for tile in tiles}
     named = {tile: [_named(point, place, tile) for _, points in parts[tile] for point in points] for tile in tiles}
     points = [point for tile in tiles for point in named[tile]]
-    found = inspect(points, [arch], jobs=jobs, use_cache=use_cache, progress=progress)
+    found = inspect(
+        points, [arch], jobs=jobs, use_cache=use_cache, progress=progress, compile_all=compile_all
+    )  # fmt: skip
     by_name = {each.point.name: each for each in found}
     survivors: list[Candidate] = []
     for tile in tiles:

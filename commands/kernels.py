@@ -12,6 +12,7 @@ import click
 
 from ..bench.peers import COPY
 from ..kernels.registry import OPS
+from .fleet import FleetProgress, bench_on_ray, compiling, ray_option
 from .shared import Progress as _Progress
 from .shared import UserError, comma, json_option, path_type, print_json, show
 
@@ -37,10 +38,11 @@ def _op_argument(ops: Sequence[str]) -> Any:
 @comma("--gpu", "gpus", "GPUs for the floors.", default="h100,h200,b200,rtx_pro_6000", show_default=True)
 @click.option("--jobs", type=click.IntRange(1), help="Compilations at a time; by default one per core.")
 @click.option("--no-cache", is_flag=True, help="Compile all anew.")
+@ray_option
 @json_option
 def inspect(
     op: str | None, archs: list[str], formats: list[str] | None, gpus: list[str], jobs: int | None, no_cache: bool,
-    as_json: bool,
+    ray: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Compile tokenfab's kernels ahead of time, without a GPU, and say what they cost: those of one op, or all.
 
@@ -54,6 +56,7 @@ def inspect(
     Examples:
       tokenfab inspect gemm --arch sm_90 --format mxfp4
       tokenfab inspect --json > inspect.json
+      tokenfab inspect --ray auto
     """
     from ..bench.gpus import get_gpu
     from ..bench.inspect import document, rows
@@ -64,10 +67,10 @@ def inspect(
     chosen = [get_gpu(name) for name in gpus]
     points = find_points(op, formats)
     try:
-        with _Progress("compiling", quiet=as_json) as progress:
+        with compiling(ray, jobs) as compile_all, FleetProgress("compiling", as_json, bool(ray)) as progress:
             found = inspect_points(
-                points, archs, jobs=jobs, use_cache=not no_cache,
-                progress=lambda done, total, inspection: progress.update(done, total, inspection.point.name),
+                points, archs, jobs=jobs, use_cache=not no_cache, compile_all=compile_all,
+                progress=lambda done, total, each: progress.advance(total, each.point.name, not each.cached),
             )  # fmt: skip
     except RuntimeError as error:
         raise UserError(str(error)) from error
@@ -107,13 +110,14 @@ def inspect(
 @click.option("--quick", is_flag=True, help="A first look, for the edit loop: one process, half a second per point.")
 @click.option("--tuned", type=path_type, metavar="FILE",
               help="Tiles from this table of `tokenfab tune`, not the package's, where they hold.")  # fmt: skip
+@ray_option
 @click.option("--pass", "this_pass", type=click.IntRange(1), hidden=True)
 @json_option
 def bench(
     op: str | None, models: list[str], formats: list[str] | None, batches: list[int], contexts: list[int],
     gpu: str | None, processes: int, budget_s: float, no_energy: bool, out: Path, only_list: bool,
     shapes: tuple[str, ...], kernel: str | None, only_check: bool, only_template: bool, quick: bool,
-    tuned: Path | None, this_pass: int | None, as_json: bool,
+    tuned: Path | None, ray: str | None, this_pass: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure tokenfab's kernels on this machine's GPU, beside cuBLAS, other libraries and a copy: one op, or all.
 
@@ -126,6 +130,7 @@ def bench(
     Examples:
       tokenfab bench gemm --model deepseek-v3 --format fp8_block --batch 1,64
       tokenfab bench --list --gpu h100
+      tokenfab bench moe --ray auto --gpu h100
       tokenfab bench gemm --template > mine.py
       tokenfab bench gemm --format fp8_block --kernel mine.py:my_kernel --check
       tokenfab bench gemm --format fp8_block --kernel mine.py:my_kernel --quick --shape m=64,n=7168,k=2048
@@ -163,6 +168,15 @@ def bench(
     from ..bench.summaries import QUICK, QUICK_FOLDER, kernel_hash, summaries
     from ..bench.tune_table import tuned_here
 
+    settings = QUICK if quick else Settings(budget_s=budget_s, energy_s=None if no_energy else 2.0)
+    folder = out / QUICK_FOLDER if quick else out
+    if ray is not None:
+        if kernel:
+            raise UserError(
+                "kernel: expected none with --ray: a file of one's own is not on the nodes; leave out --ray"
+            )
+        bench_on_ray(ray, find, gpu, 1 if quick else processes, settings, folder, tuned, as_json)
+        return
     try:
         device = CudaDevice()
     except NoGpu as error:
@@ -172,11 +186,9 @@ def bench(
         raise UserError(f"{error}. Without one, {other}") from error
     row, properties = gpu_of(device.properties, gpu), device.properties
     targets = find(row)
-    folder = out / QUICK_FOLDER if quick else out
     store = RecordStore(folder, f"{row.name}.jsonl")
 
     def run(number: int) -> None:
-        settings = QUICK if quick else Settings(budget_s=budget_s, energy_s=None if no_energy else 2.0)
         with _Progress(f"pass {number}", quiet=as_json) as progress, tuned_here(row, properties, tuned):
             outcomes = run_targets(
                 targets, device, row, store, processes=number, settings=settings,

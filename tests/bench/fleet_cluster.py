@@ -1,0 +1,45 @@
+"""Ray clusters of this machine for tests: small, on free ports, with temporary files of their own, and ended whatever
+happens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import fleet_fakes
+
+_STORE_BYTES = 80 << 20
+_SOON = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 6}
+"""A node that is killed counts as dead within seconds."""
+
+
+@contextmanager
+def cluster(folder: Path, *nodes: dict[str, Any]) -> Iterator[Any]:
+    """Nodes as ``ray start`` would make them, the first the head; the workers find ``fleet_fakes``'s folder."""
+    pytest.importorskip("ray", reason="needs the extra: pip install '.[ray]'")
+    before = {name: os.environ.get(name) for name in (fleet_fakes.FOLDER, "RAY_USAGE_STATS_ENABLED")}
+    os.environ |= {fleet_fakes.FOLDER: str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+    from ray.cluster_utils import Cluster
+
+    made = None
+    try:
+        head, *others = ({"object_store_memory": _STORE_BYTES, **node} for node in nodes)
+        made = Cluster(
+            initialize_head=True, head_node_args={"include_dashboard": False, "_system_config": _SOON, **head}
+        )
+        for node in others:
+            made.add_node(**node)
+        yield made
+    finally:
+        if made is not None:
+            made.shutdown()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
