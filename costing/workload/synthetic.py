@@ -8,12 +8,13 @@ that are open.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+
+import msgspec
 
 from .traces import BLOCK_TOKENS, Chunk
 
@@ -91,14 +92,14 @@ def synthetic_requests(count: int, seed: int = 0, mix: Mix | None = None) -> Ite
 
 def write_mooncake(path: Path, requests: Iterable[SyntheticRequest]) -> int:
     """Requests as a Mooncake trace; how many there were."""
-    count = 0
-    with path.open("w") as file:
+    count, encode = 0, msgspec.json.Encoder().encode
+    with path.open("wb") as file:
         for each in requests:
             row = {
                 "timestamp": each.timestamp_ms, "input_length": each.input_tokens,
                 "output_length": each.output_tokens, "hash_ids": each.block_ids,
             }  # fmt: skip
-            file.write(json.dumps(row) + "\n")
+            file.write(encode(row) + b"\n")
             count += 1
     return count
 
