@@ -79,14 +79,14 @@ def request(
         predicted = _predicted(model, gpu, tokens, utilisation, **options)
         serving = predicted.serving
     fleet = None if requests_per_s is None else serving.fleet(requests_per_s)
-    bill, paid = serving.bill, ""
+    bill, paid = serving.bill, None
     if paid_gpus is not None or paid_hours is not None:
         if predicted is not None:
             raise ValueError(f"paid_gpus: expected --input-rate and --output-rate with it; got {paid_gpus}")
-        bill = serving.paid(paid_gpus, paid_hours)
-        paid = f"{paid_gpus:g} GPUs for {paid_hours:g} hours"
+        paid = serving.paid(paid_gpus, paid_hours)
+        bill = paid.bill
     show(
-        as_json, lambda: request_document(serving, bill, predicted, fleet), lambda: request_table(serving, bill),
+        as_json, lambda: request_document(serving, bill, predicted, fleet, paid), lambda: request_table(serving, bill),
         lambda: request_lines(serving, bill, predicted, fleet, paid),
     )  # fmt: skip
 

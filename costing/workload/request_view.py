@@ -8,7 +8,7 @@ from ...bench.tables import number, plain_table
 from ..document import point_dict
 from ..sweep import Parallel
 from .request_pools import Predicted
-from .serving import DECODE, PURPOSES, Bill, Fleet, Serving
+from .serving import DECODE, PURPOSES, Bill, Fleet, Paid, Serving
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,8 +84,9 @@ def _shares(shares: dict[str, float]) -> str:
 
 
 def request_lines(
-    serving: Serving, bill: Bill, predicted: Predicted | None = None, fleet: Fleet | None = None, paid: str = ""
-) -> list[str]:
+    serving: Serving, bill: Bill, predicted: Predicted | None = None, fleet: Fleet | None = None,
+    paid: Paid | None = None,
+) -> list[str]:  # fmt: skip
     lines = [
         f"{pool.name}: {pool.operating_point}; ${pool.usd_per_gpu_hour:g}/GPU-h ({pool.price_source}); of the time, "
         f"{_shares(pool.shares)}"
@@ -93,7 +94,8 @@ def request_lines(
     ]
     balance = "in balance: " if serving.is_disaggregated else ""
     ratio = f"{serving.prefill_gpus_per_decode_gpu:.3g} prefill GPUs per decode GPU; " if balance else ""
-    lines.append(f"{balance}{ratio}{_of_hundred(serving)}; busy {serving.utilisation:.0%} of the time that is paid")
+    busy = f"; busy {serving.utilisation:.0%} of the time that is paid" if paid is None else ""
+    lines.append(f"{balance}{ratio}{_of_hundred(serving)}{busy}")
     cached = ", cached ones counted" if serving.request.cached_tokens else ""
     lines.append(
         f"while at it: {serving.input_tokens_per_s_per_gpu:,.0f} input tokens/s/GPU{cached}, "
@@ -122,7 +124,10 @@ def request_lines(
             f"${number(fleet.bill.usd_per_mtok_output, 4)} per million output tokens with the GPUs that idle"
         )
     if paid:
-        lines.append(f"paid: {paid}; shared out as the rates say")
+        lines.append(
+            f"paid: {paid.gpus:,g} GPUs x {paid.hours:g} hours = {paid.gpu_hours:,.0f} GPU-hours, shared out as the "
+            f"rates say, which ask for {paid.work_gpu_hours:,.0f}"
+        )
     return [*lines, "left out: " + "; ".join(OMITTED)] if predicted else lines
 
 
@@ -147,8 +152,9 @@ def _bill_dict(bill: Bill) -> dict[str, Any]:
 
 
 def request_document(
-    serving: Serving, bill: Bill, predicted: Predicted | None = None, fleet: Fleet | None = None
-) -> dict[str, Any]:
+    serving: Serving, bill: Bill, predicted: Predicted | None = None, fleet: Fleet | None = None,
+    paid: Paid | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """SI units as the field names say. ``bill``: of one request, or of what was paid for all of it."""
     request = serving.request
     pools = [
@@ -165,7 +171,7 @@ def request_document(
         "cached_tokens": request.cached_tokens,
         "output_tokens": request.output_tokens,
         "is_disaggregated": serving.is_disaggregated,
-        "utilisation": serving.utilisation,
+        "utilisation": serving.utilisation if paid is None else None,
         "input_tokens_per_s_per_gpu": serving.input_tokens_per_s_per_gpu,
         "output_tokens_per_s_per_gpu": serving.output_tokens_per_s_per_gpu,
         "prefill_gpus_per_decode_gpu": serving.prefill_gpus_per_decode_gpu,
@@ -184,6 +190,11 @@ def request_document(
             "prefill_passes": [_pass_dict(each) for each in predicted.prefill.passes],
             "decode_step": {key: value for key, value in point_dict(predicted.decode).items() if key != "ops"},
         }
+    if paid is not None:
+        found["paid"] = {
+            "gpus": paid.gpus, "hours": paid.hours, "gpu_hours": paid.gpu_hours,
+            "gpu_hours_of_the_rates": paid.work_gpu_hours,
+        }  # fmt: skip
     if fleet is not None:
         found["fleet"] = {
             "replicas": fleet.replicas, "gpus": fleet.gpus, "usd_per_hour": fleet.usd_per_hour,

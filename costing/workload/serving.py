@@ -182,6 +182,20 @@ class Fleet:
 
 
 @dataclass(frozen=True)
+class Paid:
+    """GPUs paid for some hours, whatever they did; ``work_gpu_hours``: what the rates ask for."""
+
+    gpus: float
+    hours: float
+    work_gpu_hours: float
+    bill: Bill
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.gpus * self.hours
+
+
+@dataclass(frozen=True)
 class Serving:
     """A request served by its pools: one, or one of prefill and one of decode.
 
@@ -263,14 +277,15 @@ class Serving:
         bill = Bill(self.request, usd_of)
         return Fleet(replicas, gpus, bill.usd * requests_per_s * 3600, bill)
 
-    def paid(self, gpus: float | None, hours: float | None) -> Bill:
-        """The bill of GPUs that were paid for so many hours, for work that is all of ``request``.
-
-        Shared out as the rates say. Not the utilisation's business: what was paid was paid.
+    def paid(self, gpus: float | None, hours: float | None) -> Paid:
+        """GPUs that were paid for so many hours, for work that is all of ``request``; shared out as the rates say.
 
         Raises:
-            ValueError: pools of different prices; fewer GPU-hours than the work takes, beyond rounding of rates.
+            ValueError: pools of different prices; fewer GPU-hours than the work takes, beyond rounding of rates; a
+                utilisation, which the hours already say.
         """
+        if self.utilisation != 1:
+            raise ValueError(f"utilisation: expected none with GPUs paid for hours; got {self.utilisation}")
         if gpus is None or hours is None:
             raise ValueError(f"gpus: expected the GPUs paid for and the hours; got {gpus} and {hours}")
         prices = {pool.usd_per_gpu_hour for pool in self.pools}
@@ -280,7 +295,7 @@ class Serving:
         needed = math.fsum(pool.gpu_s for pool in self.pools) / 3600
         if needed > hours_paid * (1 + ROUNDING):
             raise ValueError(f"gpus: expected at least the {needed:,.0f} GPU-hours of the work; got {hours_paid:,.0f}")
-        return self.bill.scaled(hours_paid * prices.pop())
+        return Paid(gpus, hours, needed, self.bill.scaled(hours_paid * prices.pop()))
 
 
 def given_pools(

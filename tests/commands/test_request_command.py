@@ -43,7 +43,8 @@ def test_the_day_given_its_rates_and_what_was_paid() -> None:
     assert "$0.1122 per million tokens of input and output, all GPUs paid" in text
     assert "$0.3001 per million output tokens, decode GPUs only, which omits 42% of the bill" in text
     assert "0.727 prefill GPUs per decode GPU; 42.1% of GPUs prefill, 57.9% decode" in text
-    assert "paid: 1814 GPUs for 24 hours" in text
+    assert "paid: 1,814 GPUs x 24 hours = 43,536 GPU-hours, shared out as the rates say, which ask for 43,558" in text
+    assert (paid["utilisation"], paid["paid"]["gpu_hours"]) == (None, 43_536)
 
 
 def test_one_pool_names_its_operating_point_and_every_denominator() -> None:
@@ -132,6 +133,10 @@ def test_utilisation_price_and_drafts_go_through() -> None:
         (["deepseek-v3", *DAY], "error: input_rate: expected given rates or MODEL and --gpu; got both"),
         ([*DAY[:-2]], "error: usd_per_gpu_hour: expected it with given rates; got none"),
         ([*DAY, "--output-rate", "0"], "error: output_tokens_per_s: expected a positive number; got 0"),
+        (
+            [*DAY, "--paid-gpus", "1814", "--paid-hours", "24", "--utilisation", "0.5"],
+            "error: utilisation: expected none",
+        ),
         ([*DAY, "--paid-gpus", "1000", "--paid-hours", "24"], "error: gpus: expected at least the 43,558 GPU-hours"),
     ],
 )

@@ -53,7 +53,9 @@ def test_the_day_in_nodes() -> None:
 
 def test_the_day_to_the_dollar_from_the_published_nodes() -> None:
     """226.75 nodes x 8 x $2 x 24 h; the rates only say what for."""
-    bill = day().paid(NODES * GPUS, 24)
+    paid = day().paid(NODES * GPUS, 24)
+    assert (paid.gpu_hours, round(paid.work_gpu_hours)) == (43_536, 43_558)
+    bill = paid.bill
     assert bill.usd == pytest.approx(87_072, abs=1e-6)
     assert round(bill.usd_per_mtok_total, 3) == 0.112
     assert round(bill.usd_per_mtok_output, 3) == 0.518
@@ -183,6 +185,7 @@ def test_pools_are_in_balance_and_both_are_paid() -> None:
         (lambda: day().gpus_for(0), "requests_per_s: expected a positive number; got 0"),
         (lambda: day().fleet(-1), "requests_per_s: expected a positive number; got -1"),
         (lambda: day().paid(1000, 24), "gpus: expected at least the 43,558 GPU-hours of the work; got 24,000"),
+        (lambda: day(0.9).paid(1814, 24), "utilisation: expected none with GPUs paid for hours; got 0.9"),
         (lambda: day().paid(1814, None), "gpus: expected the GPUs paid for and the hours; got 1814 and None"),
         (lambda: Serving(DAY, (pool("decode", {DECODE: 1.0}),)), "pools: expected work for decode, prefill of new"),
         (
