@@ -29,7 +29,8 @@ from ..kernels.attention_runs import random_bytes, random_table
 from ..kernels.kv_cache import KvCache, MlaCache, empty_kv_cache, empty_mla_cache
 from ..kernels.kv_layout import KvLayout, MlaLayout
 from .deployment import Precision
-from .model_config import GqaAttention, Layer, ModelConfig
+from .model_config import GqaAttention, Layer, ModelConfig, MoeFfn
+from .step_alone import OneRank
 from .step_layers import lay_out
 from .step_model import StepModel, step_model_of
 from .step_state import DecodeStep, require
@@ -47,7 +48,7 @@ def build_step(
     model: StepModel | ModelConfig, precision: Precision, *, batch: int, length: int,
     device: torch.device | str = "cuda", source: Source | None = None, seed: int = 0,
     max_weight_bytes: float = math.inf, capacity: int | None = None,
-    page_size: int = PAGE_SIZE, kv_scale: float = KV_SCALE, is_plain: bool = False,
+    page_size: int = PAGE_SIZE, kv_scale: float = KV_SCALE, is_plain: bool = False, ranks: OneRank | None = None,
 ) -> DecodeStep:  # fmt: skip
     """A step of ``batch`` sequences, each with ``length`` tokens cached, which are random.
 
@@ -57,6 +58,7 @@ def build_step(
         capacity: the most tokens of a sequence, the new one among them; length + 1 if None.
         kv_scale: of caches in FP8.
         is_plain: keep what ``step_reference`` needs, four bytes per weight.
+        ranks: what this rank holds and does among several (``ranks_step.ManyRanks``); by default it is the only one.
 
     Raises:
         ValueError: a model or precision without kernels, sizes out of range, or not one layer of each kind that fits.
@@ -69,22 +71,27 @@ def build_step(
     require(0 <= length < capacity, "length", f"0 to {capacity - 1}, below the capacity", length)
     most = model.config.max_context
     require(capacity <= most, "capacity", f"at most {model.config.name}'s {most} tokens", capacity)
-    source = RandomSource(seed, place) if source is None else source
+    ranks, whole = ranks or OneRank(), model
+    model = ranks.model(whole)
+    source = ranks.source(RandomSource(seed, place) if source is None else source, whole)
     table = random_table(batch, -(-capacity // page_size), seed, place)
     step = DecodeStep(model, precision, table, capacity, page_size)
     step.seek(length)
-    step.ends = {role: source.tensor(None, role, shape).contiguous() for role, shape in end_roles(model.config).items()}
+    ends = {role: source.tensor(None, role, shape).contiguous() for role, shape in end_roles(model.config).items()}
+    step.ends = ranks.ends(model.config, ends)
     left = max_weight_bytes - sum(part.nbytes for part in step.ends.values())
 
     def make(index: int) -> LayerWeights:
-        layer = model.layers[index]
-        cache = _empty_cache(step, layer, kv_scale)
+        layer, hidden = model.layers[index], model.config.hidden_size
+        cache = _empty_cache(step, whole.layers[index], kv_scale)
         random_bytes(cache.pages.view(-1, cache.pages.shape[-1]), precision.kv, (seed * 4096 + index) << 16)
-        return prepare_layer(source, index, layer, model.config.hidden_size, precision, cache, is_plain=is_plain)
+        held = ranks.held(layer.ffn) if isinstance(layer.ffn, MoeFfn) else None
+        cache = ranks.heads_of(cache, whole, index)
+        return prepare_layer(source, index, layer, hidden, precision, cache, is_plain=is_plain, held=held)
 
     made, uses = fit_layers(list(model.layers), make, left)
     step.layers = [made[index] for index in uses]
-    lay_out(step)
+    lay_out(step, ranks)
     return step
 
 

@@ -116,7 +116,7 @@ def _outputs(step: DecodeStep) -> Buffers:
 
 
 def _draw_tokens(step: DecodeStep, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed((step.token_seed << 40) + seed)
     drawn = torch.randint(1, step.model.config.vocab_size, (step.batch,), generator=generator)
     step.token_ids.copy_(drawn)
 

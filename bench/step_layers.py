@@ -15,13 +15,15 @@ from ..kernels.routing_rule import Routing
 from . import step_ops as ops
 from .deployment import Precision
 from .model_config import DenseFfn, GqaAttention, Layer, MlaAttention, MoeFfn
+from .step_alone import OneRank
 from .step_ops import Place
 from .step_state import DecodeStep
 from .step_weights import LINEARS, NVFP4_ACTIVATION_SCALE, LayerWeights
 
 
-def lay_out(step: DecodeStep) -> None:
+def lay_out(step: DecodeStep, ranks: OneRank | None = None) -> None:
     """All ops, in order; two buffers take turns as the residual, so that no op changes what it reads."""
+    ranks = ranks or OneRank()
     config, eps = step.model.config, step.model.numerics.rms_eps
     hidden = config.hidden_size
     residuals = [step.buffer(f"residual_{turn}", step.batch, hidden) for turn in range(2)]
@@ -51,14 +53,15 @@ def lay_out(step: DecodeStep) -> None:
         else:
             o = _mla(step, index, layer.attention, weights, x, tables[_turning(layer)])
         y = _linear(step, Place("o_proj", index), "o", weights, o, "o")
+        y = ranks.reduced(step, Place("attention_all_reduce", index), y)
         ffn_norm, ffn = (Place("ffn_norm", index), weights.tensors["ffn_norm"]), layer.ffn
         if isinstance(ffn, DenseFfn):
             y = _dense(step, index, weights, norm(*ffn_norm, linear_format))
+            y = ranks.reduced(step, Place("dense_all_reduce", index), y)
         else:
-            y = _moe(step, index, ffn, weights, norm(*ffn_norm, "bf16").data)
+            y = _moe(step, index, ffn, weights, norm(*ffn_norm, "bf16").data, ranks)
     last = norm(Place("final_norm"), step.ends["final_norm"], "bf16")
-    head = step.ends.get("lm_head", step.ends["embedding"])
-    step.ops.append(ops.torch_linear(Place("lm_head"), head, last.data, step.logits))
+    ranks.head(step, step.ends.get("lm_head", step.ends["embedding"]), last.data)
     step.ops.append(ops.sampling(Place("sampling"), step.logits, step.next_token))
 
 
@@ -159,16 +162,15 @@ def _dense(step: DecodeStep, index: int, weights: LayerWeights, x: QuantizedTens
     return _linear(step, Place("dense_down", index), "down", weights, h, "ffn")
 
 
-def _moe(step: DecodeStep, index: int, ffn: MoeFfn, weights: LayerWeights, x: torch.Tensor) -> torch.Tensor:
+def _moe(
+    step: DecodeStep, index: int, ffn: MoeFfn, weights: LayerWeights, x: torch.Tensor, ranks: OneRank
+) -> torch.Tensor:
     tensors = weights.tensors
     logits = step.buffer("router_logits", step.batch, ffn.num_experts)
     router = ops.torch_linear(Place("router", index), tensors["router"], x, logits, tensors.get("router_bias"))
     step.ops.append(router)
-    layer = moe_layer_of(step.model.config.architecture, ffn, weights, step.precision)
-    out = step.buffer("ffn", step.batch, step.model.config.hidden_size)
-    workspace = step.moe_workspace(ffn, layer)
-    step.ops.append(ops.experts(Place("experts", index), layer, x, logits, workspace, out))
-    return out
+    layer = moe_layer_of(step.model.config.architecture, ffn, weights, step.precision, ranks.held(ffn).start)
+    return ranks.experts(step, index, ffn, layer, x, logits)
 
 
 def routing_of(ffn: MoeFfn) -> Routing:
@@ -186,14 +188,16 @@ def activation_of(architecture: str) -> str:
     return "swiglu_oai" if architecture == "GptOssForCausalLM" else "silu"
 
 
-def moe_layer_of(architecture: str, ffn: MoeFfn, weights: LayerWeights, precision: Precision) -> MoeLayer:
-    """The expert layer of a layer's weights."""
+def moe_layer_of(
+    architecture: str, ffn: MoeFfn, weights: LayerWeights, precision: Precision, first_expert: int = 0
+) -> MoeLayer:
+    """The expert layer of a layer's weights, which hold the experts from ``first_expert`` on."""
     assert weights.experts is not None
     shared = weights.shared or (None, None)
     format = precision.experts_activation
     scale = NVFP4_ACTIVATION_SCALE if format == "nvfp4" else None
     return MoeLayer(
         routing_of(ffn), *weights.experts, x_format=format, h_format=format, activation=activation_of(architecture),
-        bias=weights.tensors.get("correction_bias"), shared_gate_up=shared[0], shared_down=shared[1], x_scale=scale,
-        h_scale=scale,
+        bias=weights.tensors.get("correction_bias"), first_expert=first_expert, shared_gate_up=shared[0],
+        shared_down=shared[1], x_scale=scale, h_scale=scale,
     )  # fmt: skip

@@ -327,7 +327,7 @@ def per_head(place: Place, x: torch.Tensor, weight: torch.Tensor, out: torch.Ten
 _PARTS = ("gate_up", "down", "shared_gate_up", "shared_down")
 
 
-def _flat(layer: MoeLayer) -> Buffers:
+def flat(layer: MoeLayer) -> Buffers:
     made = {} if layer.bias is None else {"correction_bias": layer.bias}
     for name in _PARTS:
         weight: GroupedWeight | None = getattr(layer, name)
@@ -337,12 +337,12 @@ def _flat(layer: MoeLayer) -> Buffers:
     return made
 
 
-def _bound(layer: MoeLayer, weights: Buffers) -> MoeLayer:
-    """The layer with these tensors in place of its own."""
-    changed: dict[str, Any] = {"bias": weights.get("correction_bias")}
+def bound(layer: MoeLayer, weights: Buffers) -> MoeLayer:
+    """The layer with these tensors in place of its own; parts of which there are none here stay."""
+    changed: dict[str, Any] = {"bias": weights.get("correction_bias", layer.bias)}
     for name in _PARTS:
         weight: GroupedWeight | None = getattr(layer, name)
-        if weight is not None:
+        if weight is not None and any(key.startswith(f"{name}.") for key in weights):
             parts = {part: weights[f"{name}.{part}"] for part in weight.parts}
             changed[name] = replace(weight, parts=parts, bias=weights.get(f"{name}.bias"))
     return replace(layer, **changed)
@@ -354,13 +354,15 @@ def experts(
     """``moe_layer``: routing, experts, shared expert, combine."""
 
     def run(w: Buffers) -> None:
-        moe_layer(x, logits, _bound(layer, w), workspace=workspace, out=out)
+        moe_layer(x, logits, bound(layer, w), workspace=workspace, out=out)
 
     def values(upper: GroupedWeight) -> float:
         return 3.0 * upper.num_channels * upper.num_columns
 
     def work() -> Work:
-        touched, rows = int(workspace.ids.unique().numel()), workspace.ids.numel()
+        local = workspace.ids - layer.first_expert
+        local = local[(local >= 0) & (local < layer.gate_up.num_experts)]
+        touched, rows = int(local.unique().numel()), local.numel()
         weight_bytes = touched * values(layer.gate_up) * layer.gate_up.row.bits_per_value / 8
         flops = 2.0 * rows * values(layer.gate_up)
         if layer.shared_gate_up is not None:
@@ -370,7 +372,7 @@ def experts(
 
     rate = matrix_rate(layer.gate_up.row, get_format(layer.x_format))
     inputs = {"x": x, "logits": logits}
-    return place.op("tokenfab: moe_layer", _flat(layer), inputs, {"y": out}, run, rate=rate, work=work)
+    return place.op("tokenfab: moe_layer", flat(layer), inputs, {"y": out}, run, rate=rate, work=work)
 
 
 # -- ends ------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ class DecodeStep:
     Attributes:
         model, precision, batch, capacity: capacity is the most tokens that a sequence may hold.
         page_table: int32 (B, pages of a sequence). cached: tokens of each sequence before the step.
+        token_seed: so that steps with sequences of their own are measured over tokens of their own.
         ops: in the order of their launch.
         layers: for each layer its weights, which other layers may use too. ends: embedding, final_norm, lm_head.
         token_ids, positions, lengths, slots: per sequence: what ``launch`` reads; ``seek`` sets all but the first.
@@ -55,6 +56,7 @@ class DecodeStep:
         self.model, self.precision, self.batch, self.capacity, self.device = model, precision, batch, capacity, device
         self.page_table, self.page_size = page_table, page_size
         self.cached = [0] * batch
+        self.token_seed = 0
         self.ops: list[StepOp] = []
         self.layers: list[LayerWeights] = []
         self.ends: Buffers = {}

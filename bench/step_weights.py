@@ -188,9 +188,12 @@ def check_step(model: ModelConfig, precision: Precision, device: torch.device) -
 
 def prepare_layer(
     source: Source, index: int, layer: Layer, hidden: int, precision: Precision, cache: KvCache | MlaCache, *,
-    is_plain: bool = False,
+    is_plain: bool = False, held: range | None = None,
 ) -> LayerWeights:  # fmt: skip
-    """Layer ``index`` from ``source``. ``is_plain``: keep ``plain`` too, which takes four bytes per value."""
+    """Layer ``index`` from ``source``. ``is_plain``: keep ``plain`` too, which takes four bytes per value.
+
+    ``held``: the experts that this rank has; all by default.
+    """
     tensors: dict[str, torch.Tensor] = {}
     linears: dict[str, QuantizedTensor] = {}
     plain: dict[str, torch.Tensor] = {}
@@ -214,7 +217,8 @@ def prepare_layer(
         tensors["v_up"] = both[:, attention.nope_dim :].contiguous()
     experts, shared_pair = None, None
     if isinstance(layer.ffn, MoeFfn):
-        experts = _experts(source, index, layer.ffn, hidden, precision, plain if is_plain else None)
+        held = range(layer.ffn.num_experts) if held is None else held
+        experts = _experts(source, index, layer.ffn, hidden, precision, plain if is_plain else None, held)
         if shared:
             shared_pair = _shared(shared, precision)
     return LayerWeights(tensors, linears, experts, shared_pair, cache, plain)
@@ -243,24 +247,25 @@ def _shared(stored: dict[str, QuantizedTensor], precision: Precision) -> tuple[G
 
 
 def _experts(
-    source: Source, index: int, ffn: MoeFfn, hidden: int, precision: Precision, plain: dict[str, torch.Tensor] | None
-) -> tuple[GroupedWeight, GroupedWeight]:
+    source: Source, index: int, ffn: MoeFfn, hidden: int, precision: Precision, plain: dict[str, torch.Tensor] | None,
+    held: range,
+) -> tuple[GroupedWeight, GroupedWeight]:  # fmt: skip
     """Expert by expert, so that only one is ever there in BF16."""
     roles, made = expert_roles(ffn, hidden), []
     for role, is_gated in (("gate_up", True), ("down", False)):
         stacked: dict[str, torch.Tensor] = {}
         biases: list[torch.Tensor] = []
-        for expert in range(ffn.num_experts):
+        for place, expert in enumerate(held):
             stored = quantize(source.tensor(index, f"experts.{expert}.{role}", roles[role]), precision.experts)
             for name, part in _pieces(stored).items():
-                if expert == 0:
-                    stacked[name] = part.new_empty((ffn.num_experts, *part.shape))
-                stacked[name][expert] = part
+                if place == 0:
+                    stacked[name] = part.new_empty((len(held), *part.shape))
+                stacked[name][place] = part
             if ffn.has_bias:
                 biases.append(source.tensor(index, f"experts.{expert}.{role}_bias", roles[f"{role}_bias"]))
             if plain is not None:
                 values = dequantize(stored)
-                plain.setdefault(f"experts.{role}", values.new_empty((ffn.num_experts, *values.shape)))[expert] = values
+                plain.setdefault(f"experts.{role}", values.new_empty((len(held), *values.shape)))[place] = values
         bias = torch.stack(biases).float() if biases else None
         if plain is not None and bias is not None:
             plain[f"experts.{role}_bias"] = bias

@@ -7,6 +7,8 @@ Launches: route 1, schedule 1 (3 beyond 4096 rows), quantization of x (FP8 and F
          quantization, down.
 Workspace: ``MoeWorkspace`` holds every intermediate of up to a number of tokens; with it nothing is allocated, and one
          workspace may serve all layers of a model in turn.
+In parts: where routed rows come from other ranks (expert parallelism with an exchange) ``expert_rows`` is the middle of
+         the layer, from ids on: a row has the same bits there as in the whole layer, given the same tiles.
 Errors:  ``ValueError`` before any launch, naming argument, expected, got.
 Source:  model code of DeepSeek-V3, Qwen3-MoE, Mixtral, gpt-oss in Hugging Face transformers.
 """
@@ -212,13 +214,54 @@ def moe_layer(
     if workspace.x is not None:
         operand = quantize_activation(x, layer.x_format, global_scale=layer.x_scale, out=workspace.x)
     rows = _experts(operand, weights, layer, layer.gate_up, layer.down, plan, workspace)
-    extra = None
-    if workspace.shared is not None:
-        assert layer.shared_gate_up is not None
-        assert layer.shared_down is not None
-        shared = workspace.shared
-        extra = _experts(operand, shared.weights, layer, layer.shared_gate_up, layer.shared_down, shared.plan, shared)
-    return combine(rows, plan.position, layer.routing.top_k, out, extra=extra)
+    return combine(rows, plan.position, layer.routing.top_k, out, extra=shared_rows(operand, layer, workspace))
+
+
+def shared_rows(x: QuantizedTensor, layer: MoeLayer, workspace: MoeWorkspace) -> torch.Tensor | None:
+    """(T, hidden) of the shared expert for tokens in ``x_format``; None without one."""
+    shared = workspace.shared
+    if shared is None:
+        return None
+    assert layer.shared_gate_up is not None
+    assert layer.shared_down is not None
+    return _experts(x, shared.weights, layer, layer.shared_gate_up, layer.shared_down, shared.plan, shared)
+
+
+# -- rows that come from elsewhere -----------------------------------------------------------------
+
+
+def empty_row_workspace(layer: MoeLayer, num_rows: int, num_tokens: int, device: torch.device | str) -> MoeWorkspace:
+    """Room for ``num_rows`` rows of one expert each. ``num_tokens``: those of all ranks, by which tiles are chosen.
+
+    ``x``, ``ids`` (num_rows, 1) and ``weights`` are there to be filled; ids all -1: no row.
+    """
+    require(num_rows >= 1, "num_rows", "1 or more", num_rows)
+    tiles = layer.tiles(num_tokens)
+    plan = empty_schedule(num_rows, 1, layer.gate_up.num_experts, tiles[0].block_m, device)
+    ids = torch.full((num_rows, 1), -1, dtype=torch.int32, device=device)
+    return _workspace(layer, layer.gate_up, ids, plan, num_rows, 1, device, tiles)
+
+
+def expert_rows(x: QuantizedTensor, layer: MoeLayer, workspace: MoeWorkspace) -> torch.Tensor:
+    """(rows, hidden) BF16, weighted, of the rows that ``workspace.ids`` gives to this rank's experts.
+
+    Args:
+        x: (rows, hidden) in ``layer.x_format``; rows without an expert here are not read.
+        workspace: from ``empty_row_workspace``; its ids are experts' numbers in the whole layer, -1 for no row.
+
+    Returns: ``workspace.rows``; rows without an expert here are not written.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came; nothing is launched.
+    """
+    shape = (workspace.num_tokens, layer.hidden)
+    require(x.format.name == layer.x_format, "x", layer.x_format, x.format.name)
+    require(x.shape == shape, "x", f"{shape}", x.shape)
+    plan = schedule(
+        workspace.ids, layer.gate_up.num_experts, workspace.plan.block_m, first_expert=layer.first_expert,
+        out=workspace.plan,
+    )  # fmt: skip
+    return _experts(x, workspace.weights, layer, layer.gate_up, layer.down, plan, workspace)
 
 
 def _experts(
