@@ -276,7 +276,7 @@ def read_records(where: str, records: Iterable[tuple[str, Any]]) -> Served:
             failed += 1
             continue
         start, end = record.metadata.request_start_ns, record.metadata.request_end_ns
-        if end <= start:
+        if not 0 <= start < end < 2**63:
             raise of_line.refuse("metadata.request_end_ns", f"later than request_start_ns {start}", end)
         first, last, completed = min(first, start), max(last, end), completed + 1
         lengths = (

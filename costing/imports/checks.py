@@ -22,6 +22,9 @@ from .served import Served, Spread
 
 T = TypeVar("T")
 
+LEAST, GREATEST = 1e-12, 1e15
+"""Of any figure of a result: beyond is no measurement."""
+
 ROUNDING = 0.005
 """Relative: what rounding to two or three digits leaves."""
 
@@ -128,12 +131,12 @@ class Source:
             raise ValueError(f"{self.where}: {error}") from None
 
     def positive(self, field: str, value: float) -> float:
-        if not (math.isfinite(value) and value > 0):
+        if not LEAST <= value <= GREATEST:
             raise self.refuse(field, "a positive number", value)
         return float(value)
 
     def count(self, field: str, value: float, least: int = 1) -> int:
-        if not math.isfinite(value) or value != int(value) or value < least:
+        if not least <= value <= GREATEST or value != int(value):
             raise self.refuse(field, f"a whole number of at least {least}", value)
         return int(value)
 
@@ -160,7 +163,7 @@ class Source:
         return self.spread_of(found, template, unit_s)
 
     def number(self, field: str, value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -GREATEST <= value <= GREATEST:
             raise self.refuse(field, "a finite number", value)
         return float(value)
 
@@ -235,7 +238,7 @@ class Source:
                 f"at least {LEAST_TTFT_OF_TPOT:g} of the mean TPOT of {tpot:g} s (wrong unit?)",
                 f"{ttft:g} s",
             )
-        if served.acceptance_length is not None and served.acceptance_length < 1:
+        if served.acceptance_length is not None and not 1 <= served.acceptance_length <= GREATEST:
             raise self.refuse(fields.get("acceptance", "acceptance_length"), "1 or more", served.acceptance_length)
         limit = served.concurrency_limit
         measured = served.mean_in_flight is not None

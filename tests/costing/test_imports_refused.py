@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenfab.costing.imports import vllm
-from tokenfab.costing.imports.read import detect, read_results
+from tokenfab.costing.imports import aiperf, view, vllm
+from tokenfab.costing.imports.bill import bills
+from tokenfab.costing.imports.read import detect, is_request_record, read_results
+from tokenfab.costing.imports.served import Given, completed_by
+from tokenfab.costing.prices import price_lookup
 from tokenfab.tests.costing.imports_files import DATA, changed, documents, set_at, write
 
 REQUIRED = {
@@ -294,3 +301,44 @@ def test_any_consistent_vllm_result_is_read_and_any_20_percent_off_refused(
         for factor in (0.8, 1.2):
             with pytest.raises(ValueError, match=field):
                 vllm.read("x", raw | {field: factor * raw[field]})
+
+
+ODD = (None, [], {}, "x", True, -1, 0, 1e308, 10**400, math.nan, math.inf, -math.inf, 5e-324)
+
+
+def places(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place of a document; of a long list the first three."""
+    items = document.items() if isinstance(document, dict) else enumerate(document[:3])
+    for key, value in items:
+        yield (*path, key)
+        if isinstance(value, dict | list):
+            yield from places(value, (*path, key))
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in DATA.glob("*.json*")))
+def test_any_odd_value_anywhere_is_refused_in_a_line_or_harmless(name: str) -> None:
+    """Never another error than one line, never a price that is 0, infinite or no number."""
+    first, *more = documents(name)
+    said, messages = Given(gpu="h200", num_gpus=8), list[str]()
+    for path in places(first):
+        for odd in ODD:
+            raw = copy.deepcopy(first)
+            parent = raw
+            for key in path[:-1]:
+                parent = parent[key]
+            parent[path[-1]] = odd
+            try:
+                if is_request_record(raw):
+                    served = aiperf.read_records("x", [("x:1", raw), ("x:2", more[0])])
+                else:
+                    served = detect("x", raw)("x", raw)
+                silent = {option: None for option in ("gpu", "num_gpus") if getattr(served, option) is not None}
+                served = completed_by(served, replace(said, **silent), kernels=False)
+            except ValueError as error:
+                messages.append(str(error))
+                continue
+            (bill,) = bills([served], price_lookup(2.0), None)
+            assert 0 < bill.usd_per_mtok_total <= bill.usd_per_mtok_output < math.inf, (path, odd)
+            json.dumps(view.document([bill]), allow_nan=False)
+    assert len(messages) > 20
+    assert not any("\n" in message for message in messages)
