@@ -8,10 +8,15 @@ from typing import Any
 
 from .gpus import Gpu, get_gpu
 from .ops import Experts, Gemm, MlaAttention, Op, PagedAttention
+from .prefill_ops import ContextAttention, MlaContext
+from .prefill_tables import PREFILL_TABLES
 from .published import STACKS, PublishedData
 from .published_tables import TABLES
 
-OP_KINDS: dict[str, type[Op]] = {"gemm": Gemm, "moe": Experts, "attention": PagedAttention, "mla": MlaAttention}
+OP_KINDS: dict[str, type[Op]] = {
+    "gemm": Gemm, "moe": Experts, "attention": PagedAttention, "mla": MlaAttention,
+    "context_attention": ContextAttention, "mla_context": MlaContext,
+}  # fmt: skip
 
 
 def inventory(data: PublishedData, gpu: Gpu) -> list[dict[str, Any]]:
@@ -24,7 +29,7 @@ def inventory(data: PublishedData, gpu: Gpu) -> list[dict[str, Any]]:
     for name in STACKS:
         stack = data.stack(gpu, name)
         seen = set()
-        for table in TABLES:
+        for table in (*TABLES, *PREFILL_TABLES):
             files = data.files(gpu, stack, table)
             if not files or table.file in seen:
                 continue

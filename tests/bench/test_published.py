@@ -155,6 +155,8 @@ def test_inventory_names_tables_and_kernels(published: PublishedData) -> None:
     assert rows["vllm 0.24.0", "gemm"]["rows"] == 107_188
     assert "DeepGemmFp8BlockScaledMMKernel" in rows["vllm 0.24.0", "gemm"]["kernels"]
     assert rows["sglang 0.5.14", "wideep_deepep_ll"]["version"] == "0.5.12"
+    assert rows["vllm 0.24.0", "context_attention"]["rows"] > 50_000
+    assert rows["sglang 0.5.14", "dsa_context_module"]["rows"] > 70_000
 
 
 @pytest.mark.parametrize(
@@ -177,6 +179,9 @@ def test_op_timings(published: PublishedData) -> None:
     texts = ["m=64", "n=7168", "k=16384", "weight=fp8_block", "activation=fp8_group"]
     rows = op_timings(published, "gemm", texts, "h100", ["vllm", "sglang"])
     assert [round(row["time_s"] * 1e6, 1) for row in rows] == [87.5, 48.4]
+    texts = ["batch=1", "new_tokens=4096", "num_heads=32", "num_kv_heads=4", "head_dim=128"]
+    (row,) = op_timings(published, "context_attention", texts, "h100", ["vllm"])
+    assert round(row["time_s"] * 1e6, 1) == 266.0
 
 
 # -- a made-up tree ------------------------------------------------------------------------------
