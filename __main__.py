@@ -262,7 +262,7 @@ def published_check(gpus: list[str], stacks: list[str], published_data: Path | N
 
 
 @published.command("op")
-@click.argument("kind", type=click.Choice(["gemm", "moe", "attention", "mla"]))
+@click.argument("kind", type=click.Choice(["gemm", "moe", "attention", "mla", "context_attention", "mla_context"]))
 @click.argument("shape", nargs=-1, required=True)
 @gpu_option
 @stacks_option
