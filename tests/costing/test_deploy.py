@@ -70,18 +70,26 @@ def workload() -> Workload:
     return load()
 
 
-def test_an_aggregated_pool_by_hand(workload: Workload) -> None:
-    one, step = prefill(workload, 4, 1e-4), decode(4, 16, 0.02)
+def test_the_mean_context_is_that_of_a_step() -> None:
+    """10 steps at 100 to 110 tokens and 30 at 1000 to 1030, half of which is cached."""
+    assert made([0, 1], [100, 1000], [0, 500], [10, 30]).context == round((10 * 105 + 30 * 1015) / 40)
+
+
+@pytest.mark.parametrize(("batch", "step_s"), [(16, 0.02), (2, 0.0027)])
+def test_an_aggregated_pool_by_hand(workload: Workload, batch: int, step_s: float) -> None:
+    one, step = prefill(workload, 4, 1e-4), decode(4, batch, step_s)
     rate = (len(workload.arrival_s) - 1) / (workload.arrival_s[-1] - workload.arrival_s[0])
     service = (workload.input_tokens - workload.cached_tokens).mean() * 1e-4
-    output_s = workload.output_tokens.mean() * 0.02 / 16
+    output_s = workload.output_tokens.mean() * step_s / batch
     groups = rate * (service + output_s)
     served = aggregated(workload, one, step, Limits())
     assert served is not None
     assert served.decode_replicas == math.ceil(groups / 4)
     assert served.prefill_replicas == 0
     assert served.gpus == 4 * served.decode_replicas
-    assert served.tokens_per_s_per_user == pytest.approx(50 * (1 - rate * service / (4 * served.decode_replicas)))
+    assert served.tokens_per_s_per_user == pytest.approx(
+        (1 / step_s) * (1 - rate * service / (4 * served.decode_replicas))
+    )
     assert served.usd_per_hour == 2.0 * served.gpus
     assert served.prefill_load + served.decode_load == pytest.approx(groups / (4 * served.decode_replicas))
     per_request = served.usd_per_hour / 3600 / rate
@@ -89,9 +97,9 @@ def test_an_aggregated_pool_by_hand(workload: Workload) -> None:
     assert served.usd_per_mtok_total == pytest.approx(
         per_request / (workload.input_tokens + workload.output_tokens).mean() * 1e6
     )
-    busy = workload.output_tokens * 0.02 / (1 - rate * service / (4 * served.decode_replicas))
+    busy = workload.output_tokens * step_s / (1 - rate * service / (4 * served.decode_replicas))
     groups = 4 * int(served.decode_replicas)
-    ttft = simulated_ttft(workload, one, groups, 0.02, busy, 16 * groups)
+    ttft = simulated_ttft(workload, one, groups, step_s, busy, batch * groups)
     assert served.ttft_s == pytest.approx(np.quantile(ttft, 0.9), rel=1e-9)
     of_prefill = service / (service + output_s)
     assert served.prefill_load == pytest.approx(rate * service / groups)
@@ -253,6 +261,15 @@ def test_what_lifting_saves_is_the_bill_without_the_limit(workload: Workload) ->
         assert saved >= 0
     assert choice.binding == max(choice.saved, key=choice.saved.__getitem__)
     assert choice.option in offered
+
+
+def test_of_two_that_cost_the_same_the_faster_is_taken(workload: Workload) -> None:
+    one = prefill(workload, 1, 1e-4)
+    for steps in ([decode(8, 64, 0.02), decode(8, 32, 0.01), decode(8, 128, 0.04)],) * 2:
+        found = cheapest(workload, [Options("h100", "made up", [one], steps)], Limits())
+        assert found is not None
+        assert found.decode is steps[1]  # 8 groups of each
+        steps.reverse()
 
 
 def test_limits_may_bind_together(workload: Workload) -> None:

@@ -175,6 +175,8 @@ def test_every_decode_step_is_the_study_s(offered: tuple[Study, Workload, Option
         assert (one.context, one.tokens_per_step, one.kept_tokens_per_step) == (workload.context, 2, 1.8)
         assert pool.step_s == step_time(data, model, gpu, stack, one, check_memory=False).step_s
         assert pool.tokens_per_s_per_user == pytest.approx(1.8 / pool.step_s)
+        assert pool.s_per_token == pytest.approx(pool.step_s / 1.8)
+        assert pool.group_s_per_request(360) == pytest.approx(200 * pool.step_s / one.sequences)
         assert pool.cost.price.usd_per_gpu_hour == asked_for.price(gpu).usd_per_gpu_hour
         holds_longest = largest_batch(model, gpu, replace(one, context=longest)) >= 1
         assert pool.fits == (one.sequences <= largest_batch(model, gpu, one) and holds_longest)
