@@ -38,7 +38,7 @@ def audit_table(found: Audit) -> Table:
         for check in found.checks
     ]
     columns = ("figure", "side", "recomputed from", "verdict", "what would close it", "stated", "recomputed", "off")
-    return plain_table(f"{claim.name}: {claim.title} ({claim.source}, {claim.date})", columns, rows, left=5)
+    return plain_table(f"{claim.name}: {claim.title}", columns, rows, left=5)
 
 
 def prices_table(found: Audit) -> Table:
@@ -65,7 +65,8 @@ def prices_table(found: Audit) -> Table:
 
 def audit_lines(found: Audit) -> list[str]:
     closed = sum(check.closes for check in found.checks)
-    return [f"{closed} of {len(found.checks)} figures close", *found.findings]
+    claimed = f"claimed by {found.claim.source}, {found.claim.date}"
+    return [f"{closed} of {len(found.checks)} figures close; {claimed}", *found.findings]
 
 
 def audit_document(found: Audit) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def test_conventions_price_and_silence_are_said() -> None:
     assert "placeholder in the source: 1.2 x GB200: 1.2 x 2.21 = 2.652; surveyed on 2026-07-01 it is 2.31" in text
     assert "tokens/s/GPU grow 63.1 to 64.3 times: the stated 65x does not close" in text
     assert "input and output lengths, tokens/s/user on either side" in text
-    assert text.startswith("9 of 16 figures close")
+    assert text.startswith("9 of 16 figures close; claimed by NVIDIA, DeepSeek-R1, HGX H200 against GB300 NVL72")
     assert pflops_per_usd(get_gpu("h200"), "fp8", False, 1.41) == pytest.approx(1.4035, abs=1e-4)
     assert pflops_per_usd(get_gpu("gb300"), "fp4", False, 2.652) == pytest.approx(5.656, abs=1e-3)
 
