@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenfab.costing.workload.routing import POLICIES, Pace, Routed, Router, Simulation, simulate
+from tokenfab.costing.workload.routing_load import Load
 from tokenfab.costing.workload.synthetic import Mix, SyntheticRequest, chunks_of, synthetic_requests, write_mooncake
 from tokenfab.costing.workload.traces import Chunk, open_trace
 
@@ -186,6 +187,14 @@ def test_uneven_load_overrules_the_match() -> None:
     assert found.requests_of.tolist() == [65, 5]
 
 
+@pytest.mark.parametrize(("active", "chosen"), [([165, 100], 1), ([265, 200], 0), ([150, 100], 0), ([64, 0], 0)])
+def test_what_uneven_load_is(active: list[int], chosen: int) -> None:
+    """Both more than 64 requests and more than 1.5 times."""
+    load = Load(Router("cache_aware", 2, 10))
+    load.active_requests = active
+    assert load.longest_match([2, 0], 1024, [2, 0]) == chosen
+
+
 # -- the endless cache -----------------------------------------------------------------------------
 
 
@@ -266,11 +275,11 @@ def test_chunks_and_company_change_nothing() -> None:
         assert np.array_equal(alone.requests_of, found.requests_of)
 
 
-@pytest.mark.parametrize("scale", [1, 10**6, 2**40])
+@pytest.mark.parametrize("scale", [1, 10**6 + 1, 0x9E3779B97F4A7C15])
 def test_ids_that_do_not_count_up(scale: int) -> None:
     """Hashes as ids give what numbers give; sticky hashes the id itself."""
     made = list(synthetic_requests(900, seed=4, mix=CHATS))
-    renamed = [replace(row, block_ids=tuple(each * scale % (2**62 - 57) for each in row.block_ids)) for row in made]
+    renamed = [replace(row, block_ids=tuple(each * scale % 2**62 for each in row.block_ids)) for row in made]
     for policy in ("random", "kv_aware", "cache_aware"):
         (a,) = run(list(chunks_of(made, 100)), [Router(policy, 4, 60)])
         (b,) = run(list(chunks_of(renamed, 100)), [Router(policy, 4, 60)])
