@@ -37,14 +37,17 @@ _SIDES = (
 )  # fmt: skip
 """Options that both sides have."""
 
+DEFAULT_LIMIT = 20.0
+"""Tokens/s/user, as ``tokenfab cost``'s."""
+
 
 @click.command()
 @click.option("--claim", help="Audit this published claim instead: nvidia-35x.")
 @click.option("--model", help="See `tokenfab models`.")
 @click.option("--from", "from_gpu", help="The GPU to start from; see `tokenfab gpus`.")
 @click.option("--to", "to_gpu", help="The GPU to end at.")
-@click.option("--min-tokens-per-s-per-user", type=float, default=20.0, show_default=True,
-              help="On both sides the cheapest point that is at least so fast.")  # fmt: skip
+@click.option("--min-tokens-per-s-per-user", type=float,
+              help=f"Both sides: the cheapest point that is at least so fast; {DEFAULT_LIMIT:g} by default.")  # fmt: skip
 @_both("min-tokens-per-s-per-user", "The start's own limit, instead.", type=float)
 @_lists("stack", "Tried at the start: vllm, sglang, trtllm.")
 @_lists("precision", "Tried at the start; the checkpoint's own by default.")
@@ -96,8 +99,7 @@ def explain(
       tokenfab explain --model gpt-oss-120b --from h100 --from-batch 64 --to h100 --to-batch 128
       tokenfab explain --claim nvidia-35x
     """
-    if options["report"] is not None and (claim is not None or options["at"] is not None):
-        raise ValueError("report: expected a waterfall to draw; got --claim or --at")
+    _check_kind({"claim": claim, "model": model, "from": from_gpu, "to": to_gpu} | options)
     if claim is not None:
         _print_claim(claim, options["price_file"], as_json)
         return
@@ -125,8 +127,33 @@ def _limits(options: dict[str, Any]) -> list[float]:
     name = "min_tokens_per_s_per_user"
     check_share(options["max_modelled"])
     check_limits([0.0] if options["at"] is None else options["at"])
+    both = DEFAULT_LIMIT if options[name] is None else options[name]
     own = (options[f"from_{name}"], options[f"to_{name}"])
-    return list(check_limits([options[name] if each is None else each for each in own]))
+    return list(check_limits([both if each is None else each for each in own]))
+
+
+def _check_kind(options: dict[str, Any]) -> None:
+    """Refuse options that would be ignored: of a waterfall (neither --claim nor --at), of ratios (--at), of a claim.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    limit = "min_tokens_per_s_per_user"
+    of_waterfall = ("order", "report", limit, f"from_{limit}", f"to_{limit}")
+    refused = {
+        "claim": ("model", "from", "to", "at", "mismatched", *of_waterfall),
+        "at": of_waterfall,
+        "from_batch": (f"from_{limit}",),
+        "to_batch": (f"to_{limit}",),
+    }
+    for name, others in refused.items():
+        for other in others if options[name] is not None else ():
+            if options[other]:
+                raise ValueError(f"{other}: expected none with {name}; got {options[other]}")
+    if options["mismatched"] and options["at"] is None:
+        raise ValueError("mismatched: expected tokens/s/user with it, as in --at 20,40,80; got none")
+    if None not in (options["from_batch"], options["to_batch"]) and options[limit] is not None:
+        raise ValueError(f"{limit}: expected none where both batches are given; got {options[limit]:g}")
 
 
 def _pricer(model: str, published_data: Path | None, records: Path | None) -> Pricer:

@@ -246,6 +246,32 @@ def test_ratios_and_the_matrix_of_unlike_interactivity() -> None:
     assert "none with more than 25% of its time modelled" in result.output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--claim", "nvidia-35x", "--model", MODEL), "model: expected none with claim; got qwen3-30b-a3b"),
+        (("--claim", "nvidia-35x", "--order", "gpu"), "order: expected none with claim; got gpu"),
+        ((*ENDS, "--at", "20", "--order", "gpu"), "order: expected none with at; got gpu"),
+        ((*ENDS, "--at", "20", "--report", "x.html"), "report: expected none with at; got x.html"),
+        (
+            (*ENDS, "--at", "20", "--to-min-tokens-per-s-per-user", "5"),
+            "to_min_tokens_per_s_per_user: expected none with at; got 5.0",
+        ),
+        (
+            (*ENDS, "--to-batch", "20", "--to-min-tokens-per-s-per-user", "5"),
+            "to_min_tokens_per_s_per_user: expected none with to_batch; got 5.0",
+        ),
+        (
+            (*ENDS, "--from-batch", "8", "--to-batch", "8", "--min-tokens-per-s-per-user", "30"),
+            "min_tokens_per_s_per_user: expected none where both batches are given; got 30",
+        ),
+        ((*ENDS, "--mismatched"), "mismatched: expected tokens/s/user with it, as in --at 20,40,80; got none"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(arguments: tuple[str, ...], message: str) -> None:
+    assert refused(*arguments) == f"error: {message}\n"
+
+
 def test_what_cannot_be_is_one_line() -> None:
     one = ("--from-stack", "vllm", "--to-stack", "vllm", "--from-parallel", "tp2", "--to-parallel", "tp2")
     assert refused("--model", MODEL, "--from", "h100") == (

@@ -336,7 +336,11 @@ def test_changes_that_can_only_be_made_at_once() -> None:
     assert together.total == pytest.approx(usd_by_hand(end) / usd_by_hand(start), rel=1e-12)
     longer = replace(end, context=8192)  # here the batch fits tp8 before the split, at the shorter context
     found = ordered_waterfall(pricer(), start, longer)
-    assert order_text(found.order) == "context,batch,parallel" or order_text(found.order) == "batch,context,parallel"
+    assert order_text(found.order) == "context,batch,parallel"
+    orders = all_orders(pricer(), found)  # parallel and batch alone can be, but no order comes through them
+    assert (orders.possible, orders.all, orders.points) == (1, 6, 5)
+    for each in orders.softness:
+        assert each.least == each.most == each.shown == pytest.approx(each.average, rel=1e-12)
     with pytest.raises(Impossible, match="batch_per_gpu: expected a whole number of sequences"):
         ordered_waterfall(pricer(), start, replace(end, batch_per_gpu=0.5))  # an end that cannot be
 
