@@ -47,7 +47,7 @@ DEFAULT_LIMIT = 20.0
 @click.option("--from", "from_gpu", help="The GPU to start from; see `tokenfab gpus`.")
 @click.option("--to", "to_gpu", help="The GPU to end at.")
 @click.option("--min-tokens-per-s-per-user", type=float,
-              help=f"Both sides: the cheapest point that is at least so fast; {DEFAULT_LIMIT:g} by default.")  # fmt: skip
+              help=f"Both sides: the cheapest point at least so fast; {DEFAULT_LIMIT:g} by default.")  # fmt: skip
 @_both("min-tokens-per-s-per-user", "The start's own limit, instead.", type=float)
 @_lists("stack", "Tried at the start: vllm, sglang, trtllm.")
 @_lists("precision", "Tried at the start; the checkpoint's own by default.")
