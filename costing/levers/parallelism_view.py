@@ -112,8 +112,10 @@ def scale_lines(found: Scale, max_modelled: float) -> list[str]:
     if unranked:
         lines.append(
             f"not ranked by number of GPUs: {unranked:,} points with more than {max_modelled:.0%} of their time "
-            "modelled; the comparison of domains ranks all, links between domains are modelled there"
+            "modelled; the comparison of domains ranks all"
         )
+    if len(found.sweep.gpus) > len(_own(found)):
+        lines.append("links that a domain's size changes are modelled: bytes at the other link's rate, not its latency")
     if found.no_split:
         lines.append(
             f"no split of {found.sweep.model.name} over {', '.join(map(str, found.no_split))} GPUs, experts held once"

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 from tokenfab.bench.gpus import get_gpu
+from tokenfab.bench.memory import largest_batch
 from tokenfab.bench.published import PublishedData
 from tokenfab.bench.step_table import SummedStep
 from tokenfab.bench.step_time import step_time
 from tokenfab.costing.study import run_study, study
+from tokenfab.costing.sweep import Parallel
 
 SPLITS = ["tp1", "tp2", "tp8", "tp4-ep4", "dp8-ep8", "tp2-dp4-ep8", "dp16-ep16", "dp4-ep4-ag", "tp3", "dp64-ep64"]
 
@@ -68,3 +70,10 @@ def test_a_changed_gpu_of_the_same_name_is_planned_anew() -> None:
     both = replace(plan, sweep=replace(plan.sweep, gpus=[get_gpu("h100"), small]))
     most = {point.step.gpu.memory_bytes: point.step.deployment.batch_per_gpu for point in run_study(both).points}
     assert most[get_gpu("h100").memory_bytes] > most[small.memory_bytes]
+
+
+def test_the_very_last_sequence_that_fits_is_priced() -> None:
+    plan = study("qwen3-30b-a3b", ["h100"], ["vllm"], ["tp1"], [1], precision="bf16")
+    most = largest_batch(plan.sweep.model, plan.sweep.gpus[0], plan.sweep.deployment(Parallel(), 1))
+    both = replace(plan, sweep=replace(plan.sweep, batches=[most, most + 1]))
+    assert [point.step.deployment.batch_per_gpu for point in run_study(both).points] == [most]
