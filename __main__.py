@@ -13,6 +13,7 @@ from . import __version__
 from .commands.compare import compare, gate
 from .commands.deploy import deploy
 from .commands.explain import explain
+from .commands.fleet import ray_option, spreading
 from .commands.imports import imports
 from .commands.kernels import bench, inspect
 from .commands.lab import doctor, lab
@@ -194,10 +195,11 @@ def step(model: str, gpu: str, stack: str, parallel: str | None, batch: float, a
 @report_option
 @data_option
 @records_option
+@ray_option
 @json_option
 def cost(models: tuple[str, ...], gpus: list[str] | None, stacks: list[str], parallels: list[str] | None,
          batches: list[float] | None, min_rate: float, max_modelled: float, show_all: bool, report: Path | None,
-         as_json: bool, **options: Any) -> None:  # fmt: skip
+         ray: str | None, as_json: bool, **options: Any) -> None:  # fmt: skip
     """Price MODELS over GPUs, stacks, parallelisms and batches; print the cheapest that are fast enough.
 
     \b
@@ -213,7 +215,8 @@ def cost(models: tuple[str, ...], gpus: list[str] | None, stacks: list[str], par
     if as_json and len(models) > 1:
         raise ValueError(f"--json: expected one model; got {len(models)}")
     plans = [study(model, gpus, stacks, parallels, batches, **options) for model in models]
-    results = [run_study(plan, show_progress=not as_json) for plan in plans]
+    with spreading(ray) as spread:
+        results = [run_study(plan, show_progress=not as_json, spread=spread) for plan in plans]
     if as_json:
         found = results[0]
         print_json(document(found.model.name, found.points, found.skipped, CommonDraws(found.data)))

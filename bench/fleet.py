@@ -245,11 +245,12 @@ def drive(
     renew: Callable[[Seat], Seat | None],
     is_spoiled: Callable[[Any], bool] = lambda result: False,
     allows: Callable[[Item], bool] = lambda item: True,
+    attempts: int = ATTEMPTS,
 ) -> list[Item]:
     """Every item on some seat, in this order; a seat does one at a time. The items that were not done.
 
     Args:
-        work: on a thread of the seat; ``SeatDied`` puts the item back, to be tried by ``ATTEMPTS`` seats in all.
+        work: on a thread of the seat; ``SeatDied`` puts the item back, to be tried by ``attempts`` seats in all.
         done: called with each item and its result, or ``Lost``, by one thread at a time: the only writer.
         renew: another seat in place of one that died or was spoiled; None where there is none.
         is_spoiled: whether a result says that its seat must not be used again.
@@ -267,7 +268,7 @@ def drive(
                     taken = queue.take(allows)
                 if taken is None:
                     return
-                seat = _one(queue, seat, taken, work, done, renew, is_spoiled)
+                seat = _one(queue, seat, taken, attempts, work, done, renew, is_spoiled)
         except BaseException as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
             with queue.changed:
                 queue.stop(error)
@@ -288,7 +289,7 @@ def drive(
 
 
 def _one(
-    queue: _Queue[Item], seat: Seat, taken: tuple[int, Item], work: Callable[[Seat, Item], Any],
+    queue: _Queue[Item], seat: Seat, taken: tuple[int, Item], attempts: int, work: Callable[[Seat, Item], Any],
     done: Callable[[Item, Any], None], renew: Callable[[Seat], Seat | None], is_spoiled: Callable[[Any], bool],
 ) -> Seat | None:  # fmt: skip
     """One item on one seat, and the seat for the next."""
@@ -302,7 +303,7 @@ def _one(
     with queue.changed:
         queue.in_flight -= 1
         queue.tries[index] = queue.tries.get(index, 0) + died
-        if died and queue.tries[index] < ATTEMPTS and not queue.is_stopped:
+        if died and queue.tries[index] < attempts and not queue.is_stopped:
             queue.waiting.appendleft(taken)
         elif not (died and queue.is_stopped):
             done(item, result)

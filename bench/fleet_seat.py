@@ -29,6 +29,7 @@ from .gpus import DEVICE_NAMES, get_gpu
 from .measurement import Settings
 from .peers import ANCHORS, COPY, PEERS, absence
 from .record import Record, decode, encode
+from .records import RecordStore
 from .targets import Target
 
 if TYPE_CHECKING:
@@ -113,6 +114,28 @@ class NotMeasured:
 
     reason: str
     is_spoiled: bool = False
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """A whole decode step of a model in its checkpoint's precision."""
+
+    model: str
+    batch: int
+    length: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.batch} x {self.length}"
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What ``lab.measure_steps`` left: records, packed; lines of its results; and what it told."""
+
+    records: tuple[bytes, ...]
+    lines: tuple[bytes, ...]
+    told: tuple[str, ...]
 
 
 def pack(record: Record) -> bytes:
@@ -228,20 +251,49 @@ class Seat:
         found = measure_tile(pruned, tile, self.device, self._row, anchor, settings, self._buffers_on)
         return Record.of(key, found, environment(properties))
 
-    def check(self, kernel: str, shape: Mapping[str, int], repeats: int) -> tuple[str, ...] | NotMeasured:
-        """What is wrong with a kernel at a shape, as ``lab_checks.verify`` says it."""
+    # -- the lab -----------------------------------------------------------------------------------
+
+    def check(
+        self, kernel: str, shape: Mapping[str, int], repeats: int
+    ) -> tuple[str, tuple[str, ...] | NotMeasured]:  # fmt: skip
+        """The version that is checked here, and what ``lab_checks.verify`` finds wrong with it."""
         from .lab_checks import verify
 
-        return self._attempt(
+        found = self._attempt(
             lambda: verify(
                 _KERNELS[kernel], dict(shape), self._row, self.device, repeats=repeats, buffers_on=self._buffers_on
             )
         )
+        return self.versions([kernel])[0], found
 
-    def version(self, kernel: str) -> str:
+    def versions(self, kernels: list[str]) -> list[str]:
+        """As ``lab_checks.version_of``, of this GPU."""
         from .lab_checks import version_of
 
-        return version_of(_KERNELS[kernel], self.device.properties)
+        return [version_of(_KERNELS[kernel], self.device.properties) for kernel in kernels]
+
+    def step_version(self) -> list[str]:
+        """The hash of a step's record, alone in a list."""
+        from .step_measure import step_hash
+
+        return [step_hash(self.device.properties)]
+
+    def step(self, work: StepWork, seconds: float) -> Stepped | NotMeasured:
+        """A whole decode step and its ops, as ``lab.measure_steps`` does one, within ``seconds``."""
+        from .lab import Deadline, measure_steps
+
+        def measured() -> Stepped:
+            told: list[str] = []
+            with tempfile.TemporaryDirectory() as folder:
+                store, results = RecordStore(Path(folder), "step.jsonl"), Path(folder, "steps.ndjson")
+                measure_steps(
+                    [work.model], [work.batch], [work.length], self.device, self._row, store, Deadline(seconds),
+                    results=results, buffers_on=self._buffers_on, tell=told.append,
+                )  # fmt: skip
+                lines = results.read_bytes().splitlines() if results.exists() else []
+                return Stepped(tuple(pack(record) for record in store.records()), tuple(lines), tuple(told))
+
+        return self._attempt(measured)
 
     def _attempt(self, work: Callable[[], Any]) -> Any:
         """What ``work`` gives; ``NotMeasured`` for what stops only this point, or this process."""

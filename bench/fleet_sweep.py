@@ -23,7 +23,7 @@ import msgspec
 
 from .campaign import Outcome
 from .device import DeviceProperties
-from .fleet import FleetError, GpuReport, Lost, SeatDied, drive, excluded, fingerprint, slowness
+from .fleet import ATTEMPTS, FleetError, GpuReport, Lost, SeatDied, drive, excluded, fingerprint, slowness
 from .fleet_seat import Hello, NotMeasured, Point, Seat, SeatSpec, unpack
 from .gpus import Gpu
 from .measurement import Settings
@@ -176,10 +176,14 @@ class Fleet:
     # -- points ------------------------------------------------------------------------------------
 
     def keys(self, points: list[Point]) -> list[str | NotMeasured]:
-        """The records' keys, asked of one worker; all are of one model and one code."""
+        """The records' keys."""
+        return self.ask("keys", points)
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """What one worker says for all: they are of one model and one code."""
         for seat in list(self.seats):
             try:
-                return seat.call("keys", points, timeout_s=CALL_S)
+                return seat.call(method, *arguments, timeout_s=CALL_S)
             except SeatDied as error:
                 self._tell(f"a worker ended: {error}")
                 self.renew(seat)
@@ -187,14 +191,16 @@ class Fleet:
 
     def drive(
         self, items: Sequence[Any], work: Callable[[Remote, Any], Any], done: Callable[[Any, Any], None],
-        allows: Callable[[Any], bool] = lambda item: True,
+        allows: Callable[[Any], bool] = lambda item: True, attempts: int = ATTEMPTS,
     ) -> list[Any]:  # fmt: skip
         """As ``fleet.drive`` on these seats."""
 
         def is_spoiled(result: Any) -> bool:
             return isinstance(result, NotMeasured) and result.is_spoiled
 
-        return drive(self.seats, items, work, done, renew=self.renew, is_spoiled=is_spoiled, allows=allows)
+        return drive(
+            self.seats, items, work, done, renew=self.renew, is_spoiled=is_spoiled, allows=allows, attempts=attempts
+        )
 
 
 def make_spec(gpu: str, tuned: Path | None = None, is_named: bool = False) -> SeatSpec:

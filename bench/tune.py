@@ -212,8 +212,18 @@ class Searched(NamedTuple):
     skipped: dict[AnyTile, str]
 
 
+class Unmeasured(NamedTuple):
+    """Why a tile could not be measured, where it is measured in another process."""
+
+    reason: str
+
+
+Measured = Callable[[AnyTile, Settings], Measurement | Record | Unmeasured]
+"""Measures one tile; a ``Record`` is one that another process made."""
+
+
 def search(
-    trials: Trials, store: RecordStore, measured: Callable[[AnyTile, Settings], Measurement], *, process: int = 1,
+    trials: Trials, store: RecordStore, measured: Measured, *, process: int = 1,
     is_over: Callable[[float], bool] = lambda share: False,
     done: Callable[[int, int, Round, AnyTile], None] = lambda number, total, at, tile: None,
 ) -> Searched:  # fmt: skip
@@ -241,11 +251,9 @@ def search(
     return Searched(is_whole, trials.skipped)
 
 
-def _attempt(
-    trials: Trials, store: RecordStore, tile: AnyTile, at: Round, measured: Callable[[AnyTile, Settings], Measurement]
-) -> None:
+def _attempt(trials: Trials, store: RecordStore, tile: AnyTile, at: Round, measured: Measured) -> None:
     try:
-        record = Record.of(trials.point(tile), measured(tile, at.settings), trials.here)
+        made = measured(tile, at.settings)
     except (MethodUnavailable, MemoryError) as error:
         trials.skipped[tile] = f"{type(error).__name__}: {error}"
         return
@@ -254,6 +262,10 @@ def _attempt(
             raise
         trials.skipped[tile] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         return
+    if isinstance(made, Unmeasured):
+        trials.skipped[tile] = made.reason
+        return
+    record = made if isinstance(made, Record) else Record.of(trials.point(tile), made, trials.here)
     store.append(record)
     trials.add(record)
 

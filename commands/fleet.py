@@ -15,7 +15,7 @@ from .shared import Progress, UserError, show
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..bench.fleet import Pace
+    from ..bench.fleet import Pace, Spread
     from ..bench.fleet_ray import Cluster
     from ..bench.gpus import Gpu
     from ..bench.inspect import Compile
@@ -82,6 +82,18 @@ def compiling(address: str | None, jobs: int | None) -> Iterator[Compile | None]
     with connect(address) as cluster:
         tell(f"compiling on {cluster.num_cpus()} CPUs of {cluster.num_nodes()} nodes")
         yield compile_on(cluster.spread)
+
+
+@contextmanager
+def spreading(address: str | None) -> Iterator[Spread | None]:
+    """Where a search that needs no GPU runs: on the cluster's CPUs, or here (None)."""
+    if address is None:
+        yield None
+        return
+    from ..bench.fleet_ray import connect
+
+    with connect(address) as cluster:
+        yield cluster.spread
 
 
 def row_of(cluster: Cluster, gpu: str | None) -> Gpu:

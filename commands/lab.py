@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from .fleet import finish, ray_option
 from .shared import UserError, comma, json_option, path_type, price_options, print_json, show
 from .weights import weights_report
 
@@ -67,13 +68,14 @@ def doctor(out: Path, as_json: bool) -> None:
               help="With --weights: decoded per sequence; sequences are the first of --batch.")  # fmt: skip
 @click.option("--token-ids", "token_file", type=path_type, metavar="FILE",
               help="With --weights: a JSON list of lists of token ids, instead of random ones.")  # fmt: skip
+@ray_option
 @price_options
 @click.option("--run", "child", type=(str, int, float, int), hidden=True)
 @json_option
 def lab(
     minutes: float, out: Path, models: list[str], batches: list[int], contexts: list[int], stages: list[str],
     gpu: str | None, only_list: bool, field_file: Path | None, agree: tuple[Path, Path] | None,
-    weights: Path | None, precisions: list[str], num_tokens: int, token_file: Path | None,
+    weights: Path | None, precisions: list[str], num_tokens: int, token_file: Path | None, ray: str | None,
     child: tuple[str, int, float, int] | None, as_json: bool, **prices: Any,
 ) -> None:  # fmt: skip
     """Use this machine's GPU for some minutes: check every kernel, then measure what weighs most, first.
@@ -89,6 +91,7 @@ def lab(
       tokenfab lab --minutes 10 --out records
       tokenfab lab --list --gpu h100 --model deepseek-v3
       tokenfab lab --field README.md --out records
+      tokenfab lab --minutes 10 --ray auto --gpu h100
       tokenfab lab --weights ./gpt-oss-20b --precision fp8,mxfp4 --batch 4
     """
     if weights is not None:
@@ -101,6 +104,12 @@ def lab(
         _list_points(gpu, models, batches, contexts, as_json)
     elif child is not None:
         _run_child(*child, out=out, models=models, batches=batches, contexts=contexts, gpu=str(gpu))
+    elif ray is not None:
+        from .fleet_lab import lab_on_ray
+
+        row, missing = lab_on_ray(ray, minutes, out, models, batches, contexts, stages, gpu, as_json)
+        _summary(out, row.name, as_json)
+        finish(*missing)
     else:
         _session(minutes, out, models, batches, contexts, stages, gpu, as_json)
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .fleet import ray_option
 from .kernels import format_option
 from .shared import Progress, UserError, comma, json_option, path_type, price_options, print_json
 
 if TYPE_CHECKING:
     from ..bench.device import DeviceProperties
     from ..bench.gpus import Gpu
+    from ..bench.targets import Target
     from ..bench.tune import Trials, Verdict
     from ..bench.tune_prune import Pruned
     from ..costing.prices import Price
@@ -48,6 +50,7 @@ FIRST_PASS = 0.6
 @click.option("--table", type=path_type, metavar="FILE", help="Table of tuned tiles; OUT/tuned-GPU.json by default.")
 @click.option("--kernel", metavar="FILE.py:FUNCTION",
               help="A kernel of your own instead: chooses among its TILES. Runs that file.")  # fmt: skip
+@ray_option
 @price_options
 @click.option("--pass", "this_pass", type=click.IntRange(1), hidden=True)
 @click.option("--pass-budget", "pass_budget_s", type=float, hidden=True)
@@ -56,9 +59,8 @@ def tune(
     op: str, models: list[str], formats: list[str] | None, batches: list[int], contexts: list[int],
     shapes: tuple[str, ...], gpu: str | None, arch: str | None, jobs: int | None, no_cache: bool, only_floors: bool,
     show_all: bool, budget_minutes: float | None, processes: int, out: Path, table: Path | None, kernel: str | None,
-    tier: str,
-    book: str | None, price_file: Path | None, usd_per_gpu_hour: float | None, this_pass: int | None,
-    pass_budget_s: float | None, as_json: bool,
+    ray: str | None, tier: str, book: str | None, price_file: Path | None, usd_per_gpu_hour: float | None,
+    this_pass: int | None, pass_budget_s: float | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Search the tiles of OP's kernels at the shapes of models, and keep what is faster beyond the noise.
 
@@ -75,23 +77,33 @@ def tune(
       tokenfab tune moe --format mxfp4-bf16 --model gpt-oss-120b --batch 16,64 --budget-minutes 20
       tokenfab tune gemm --format mxfp4-bf16 --shape m=64,n=7168,k=2048 --gpu h200 --all
       tokenfab tune gemm --format fp8_block --shape m=64,n=7168,k=2048 --kernel mine.py:my_kernel
+      tokenfab tune moe --format mxfp4-bf16 --model gpt-oss-120b --ray auto --gpu h100
     """
-    from ..bench.targets import find_targets, shape_fields
+    from ..bench.targets import shape_fields
     from ..bench.tune_prune import prune
     from ..bench.tune_space import TUNED_OPS
 
     if op not in TUNED_OPS:
         raise ValueError(f"op: expected one of {', '.join(TUNED_OPS)}; got {op!r}")
-    properties, row, why_no_gpu = _device(gpu, this_pass is None)
-    own_arch = "sm_" + row.compute_capability.replace(".", "")
-    if arch not in (None, own_arch):
-        raise ValueError(f"arch: expected {own_arch}, as {row.name} has; got {arch}")
     asked = [shape_fields(op, text) for text in shapes]
+    budget_s = None if budget_minutes is None else 60 * budget_minutes
+    if ray is not None:
+        from .fleet_tune import tune_on_ray
+
+        if kernel or jobs:
+            raise UserError(f"{'kernel' if kernel else 'jobs'}: expected none with --ray")
+        tune_on_ray(
+            ray, lambda row: _targets(op, formats, models, batches, contexts, row, asked), gpu, arch, not no_cache,
+            only_floors, show_all, budget_s, processes, out, table,
+            lambda row: _price(row, usd_per_gpu_hour, tier, book, price_file), as_json,
+        )  # fmt: skip
+        return
+    properties, row, why_no_gpu = _device(gpu, this_pass is None)
+    check_arch(arch, row)
     options = [op, "--gpu", row.name, "--out", str(out)]
     for flag, values in (("--model", models), ("--format", formats), ("--batch", batches), ("--context", contexts)):
         options += [flag, ",".join(map(str, values))] if values else []
     options += [part for text in shapes for part in ("--shape", text)] + (["--jobs", str(jobs)] if jobs else [])
-    budget_s = None if budget_minutes is None else 60 * budget_minutes
     if kernel is not None:
         from .tune_user import conclude_user, find_user_targets, measure_user, no_gpu
 
@@ -105,12 +117,7 @@ def tune(
             conclude_user(own, properties, row, out, processes,
                           lambda: _price(row, usd_per_gpu_hour, tier, book, price_file), as_json)  # fmt: skip
         return
-    targets = [
-        target for target in find_targets(op, formats, models, batches, row, contexts, shapes=asked)
-        if not target.kernel.library and not target.shape.get("load") and (asked or target.places != ("compared",))
-    ]  # fmt: skip
-    if not targets:
-        raise ValueError(f"format, model: expected a shape that one of {op}'s kernels has; got none")
+    targets = _targets(op, formats, models, batches, contexts, row, asked)
     pruned = []
     try:
         with Progress("compiling", quiet=as_json or this_pass is not None) as progress:
@@ -126,13 +133,40 @@ def tune(
         _measure(pruned, row, out, this_pass, pass_budget_s)
         return
     if not as_json:
-        _print_floors(pruned, row, show_all)
+        print_floors(pruned, row, show_all)
     if properties is None or only_floors:
-        _finish_without(pruned, row, why_no_gpu, as_json)
+        finish_without(pruned, row, why_no_gpu, as_json)
         return
     _run_passes(options, processes, budget_s)
-    _conclude(pruned, properties, row, out, table or out / f"tuned-{row.name}.json", processes,
+    conclude(pruned, properties, row, out, table or out / f"tuned-{row.name}.json", processes,
               lambda: _price(row, usd_per_gpu_hour, tier, book, price_file), as_json)  # fmt: skip
+
+
+def check_arch(arch: str | None, row: Gpu) -> None:
+    """Raises ``ValueError`` for a GPU of another architecture than asked for."""
+    own = "sm_" + row.compute_capability.replace(".", "")
+    if arch not in (None, own):
+        raise ValueError(f"arch: expected {own}, as {row.name} has; got {arch}")
+
+
+def _targets(
+    op: str, formats: list[str] | None, models: Sequence[str], batches: Sequence[int], contexts: Sequence[int],
+    row: Gpu, asked: Sequence[Any],
+) -> list[Target]:  # fmt: skip
+    """What is tuned: the house's kernels at the models' shapes, or at those asked for.
+
+    Raises:
+        ValueError: none of them.
+    """
+    from ..bench.targets import find_targets
+
+    targets = [
+        target for target in find_targets(op, formats, models, batches, row, contexts, shapes=asked)
+        if not target.kernel.library and not target.shape.get("load") and (asked or target.places != ("compared",))
+    ]  # fmt: skip
+    if not targets:
+        raise ValueError(f"format, model: expected a shape that one of {op}'s kernels has; got none")
+    return targets
 
 
 def _device(gpu: str | None, may_do_without: bool) -> tuple[DeviceProperties | None, Gpu, str]:
@@ -153,7 +187,7 @@ def _device(gpu: str | None, may_do_without: bool) -> tuple[DeviceProperties | N
     return properties, gpu_of(properties, gpu), ""
 
 
-def _print_floors(pruned: Sequence[Pruned], row: Gpu, show_all: bool) -> None:
+def print_floors(pruned: Sequence[Pruned], row: Gpu, show_all: bool) -> None:
     from ..bench.tables import console
     from ..bench.tune_show import dropped_lines, floors_table
 
@@ -165,7 +199,7 @@ def _print_floors(pruned: Sequence[Pruned], row: Gpu, show_all: bool) -> None:
         out.print()
 
 
-def _finish_without(pruned: Sequence[Pruned], row: Gpu, why: str, as_json: bool) -> None:
+def finish_without(pruned: Sequence[Pruned], row: Gpu, why: str, as_json: bool) -> None:
     from ..bench.tune_show import document, pruned_dict
 
     if as_json:
@@ -227,7 +261,7 @@ def _clock(end_s: float | None, targets_left: int) -> Callable[[float], bool]:
     return is_over
 
 
-def _conclude(
+def conclude(
     pruned: Sequence[Pruned], properties: DeviceProperties, row: Gpu, out: Path, path: Path, processes: int,
     price: Callable[[], Price | None], as_json: bool,
 ) -> None:  # fmt: skip

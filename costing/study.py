@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..bench.deployment import Precision, get_precision
 from ..bench.gpus import Gpu, get_gpu
@@ -22,6 +22,9 @@ from .cost import StepCost
 from .prices import DEFAULT_TIER, Price, PriceBook, stated_price
 from .sweep import DEFAULT_GPUS, DEFAULT_PARALLEL, DEFAULT_STACKS, Parallel, Skipped, Sweep, run_sweep
 
+if TYPE_CHECKING:
+    from ..bench.fleet import Spread
+
 
 @dataclass(frozen=True)
 class Study:
@@ -31,6 +34,8 @@ class Study:
     data: PublishedData
     price: Callable[[Gpu], Price]
     recorded: RecordedData
+    data_folder: Path | None = None
+    """Where ``data`` is from; None for the package's."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,8 @@ def study(
     splits = [Parallel.parse(text) for text in parallels or DEFAULT_PARALLEL]
     if parallels is None and batches is not None and len(batches) == 1 and len(found) == 1:
         splits = [smallest_parallel(sweep, found[0], batches[0])]
-    return Study(replace(sweep, parallels=splits), PublishedData(published_data), price, RecordedData(records))
+    data, recorded = PublishedData(published_data), RecordedData(records)
+    return Study(replace(sweep, parallels=splits), data, price, recorded, published_data)
 
 
 def smallest_parallel(sweep: Sweep, gpu: Gpu, batch_per_gpu: float) -> Parallel:
@@ -159,14 +165,21 @@ def study_of(study: Study, cost: StepCost) -> Study:
     return replace(study, sweep=sweep, price=lambda _: cost.price)
 
 
-def run_study(study: Study, show_progress: bool = False) -> StudyResult:
-    """Price every point.
+def run_study(study: Study, show_progress: bool = False, spread: Spread | None = None) -> StudyResult:
+    """Price every point; with ``spread``, the CPUs of a cluster time them.
 
     Raises:
         ValueError: nothing fits; the message says why.
     """
     with _progress(show_progress, study.sweep.model.name, len(study.sweep)) as advance:
-        result = run_sweep(study.sweep, study.data, study.price, advance, study.recorded)
+        if spread is None:
+            result = run_sweep(study.sweep, study.data, study.price, advance, study.recorded)
+        else:
+            from .sweep_spread import run_sweep_on
+
+            result = run_sweep_on(
+                spread, study.sweep, study.data, study.price, advance, study.recorded, study.data_folder
+            )  # fmt: skip
     if not result.points:
         raise ValueError(f"{study.sweep.model.name}: no point can be: {result.skipped[0].reason}")
     return StudyResult(study, result.points, result.skipped)

@@ -22,8 +22,9 @@ _SOON = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "h
 def cluster(folder: Path, *nodes: dict[str, Any]) -> Iterator[Any]:
     """Nodes as ``ray start`` would make them, the first the head; the workers find ``fleet_fakes``'s folder."""
     pytest.importorskip("ray", reason="needs the extra: pip install '.[ray]'")
-    before = {name: os.environ.get(name) for name in (fleet_fakes.FOLDER, "RAY_USAGE_STATS_ENABLED")}
-    os.environ |= {fleet_fakes.FOLDER: str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+    own = {fleet_fakes.FOLDER: str(folder), "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    before = {name: os.environ.get(name) for name in own}
+    os.environ |= own
     from ray.cluster_utils import Cluster
 
     made = None

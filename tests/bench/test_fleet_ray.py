@@ -196,7 +196,7 @@ def test_a_lost_answer_is_a_failure() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["inspect quantize", "bench gemm --gpu h100"],
+    ["inspect quantize", "bench gemm --gpu h100", "tune gemm --gpu h100", "lab --gpu h100", "cost deepseek-v3"],
 )
 def test_without_the_extra_one_line_names_it(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
