@@ -18,6 +18,8 @@ from .cheapest import Choice, Search
 from .deploy import Limits, Served
 
 DEFAULT_STEP = 1.15
+JUST_ABOVE = 1 + 1e-6
+"""More than what floating point leaves of an exact fit."""
 
 
 @dataclass(frozen=True)
@@ -96,5 +98,5 @@ def frontier(
         rate = 0.0
         while (choice := at(rate)) is not None:
             reached = choice.served.tokens_per_s_per_user
-            rate = max(math.nextafter(reached, math.inf), rate * step)
+            rate = max(reached * JUST_ABOVE, rate * step)
     return Frontier(limits, undominated(points), tuple(unmet))

@@ -272,6 +272,30 @@ def test_of_two_that_cost_the_same_the_faster_is_taken(workload: Workload) -> No
         steps.reverse()
 
 
+def test_a_tie_that_waits_make_is_the_faster_s_too(workload: Workload) -> None:
+    one = prefill(workload, 4, 1e-5)  # not as wide as either: no pool can do both
+    full, roomy = decode(1, 256, 0.0275), decode(2, 256, 0.02)  # the first would do alone if no one minded to wait
+    offered = [Options("h100", "made up", [one], [full, roomy])]
+    free, held = (cheapest(workload, offered, Limits(0.0, most)) for most in (None, 0.2))
+    assert free is not None
+    assert free.decode is full
+    alone = disaggregated(workload, one, full, Limits(0.0, 0.2))
+    assert held is not None
+    assert alone is not None
+    assert held.usd_per_hour == alone.usd_per_hour > free.usd_per_hour
+    assert held.decode is roomy
+
+
+def test_what_does_not_fit_serves_only_where_memory_is_lifted(workload: Workload) -> None:
+    one, step = prefill(workload, 2, 1e-5), decode(1, 64, 0.01)
+    for offered in (
+        Options("h100", "prefill", [replace(one, fits=False)], [step]),
+        Options("h100", "decode", [one], [replace(step, fits=False)]),
+    ):
+        assert cheapest(workload, [offered], Limits()) is None
+        assert cheapest(workload, [offered], lift(Limits(), MEMORY)) is not None
+
+
 def test_limits_may_bind_together(workload: Workload) -> None:
     # either limit alone needs the dear pool: the cheap one is slow and prefills too long
     cheap = prefill(workload, 1, 1e-3, usd=0.01), decode(1, 256, 0.1, usd=0.01)

@@ -43,6 +43,10 @@ def test_no_deployment_is_below_the_frontier(workload: Workload, seed: int, max_
         least = cheapest_of_all(workload, seed, replace(limits, min_tokens_per_s_per_user=rate))
         of_frontier = [p.served.usd_per_hour for p in found.points if p.served.tokens_per_s_per_user >= rate]
         assert min(of_frontier, default=None) == least
+    for slower, faster in itertools.pairwise(found.points):  # just above what one reaches the next is the cheapest
+        above = slower.served.tokens_per_s_per_user * (1 + 1e-6)
+        least = cheapest_of_all(workload, seed, replace(limits, min_tokens_per_s_per_user=above))
+        assert faster.served.usd_per_hour == least
     beyond = found.unmet[-1].min_tokens_per_s_per_user
     assert beyond > fastest
     assert cheapest_of_all(workload, seed, replace(limits, min_tokens_per_s_per_user=beyond)) is None
@@ -94,6 +98,14 @@ def test_what_nothing_meets_is_named(walked: tuple[Search, Frontier], workload: 
     nothing = frontier(search, Limits(0.0, 1e-3))
     assert nothing.points == ()
     assert [each.failing for each in nothing.unmet] == [(TTFT,)]
+
+
+def test_a_wide_step_asks_less(walked: tuple[Search, Frontier]) -> None:
+    search, walk = walked
+    wide = frontier(search, walk.limits, step=3.0)
+    limits = [point.min_tokens_per_s_per_user for point in wide.points] + [wide.unmet[0].min_tokens_per_s_per_user]
+    assert all(higher >= 3 * lower for lower, higher in itertools.pairwise(limits))
+    assert len(wide.points) < len(walk.points)
 
 
 def test_limits_asked_for(walked: tuple[Search, Frontier]) -> None:
