@@ -199,7 +199,7 @@ def waterfall_lines(
         *end_lines("from", shown.start, first),
         *end_lines("to", shown.end, last),
         f"total: ${shown.start.usd_per_mtok:.4g} to ${shown.end.usd_per_mtok:.4g} per million {_denominator(shown)}, "
-        f"x {shown.total:.4g}: {1 / shown.total:.3g} times cheaper, at these two operating points; {_chosen(limits)}",
+        f"x {shown.total:.4g}: {_times(shown.total)}, at these two operating points; {_chosen(limits)}",
         f"order: {order_text(shown.order)}; a change's x depends on it, the total does not. {orders.possible} of "
         f"{orders.all} orders can be ({orders.points} points); their mean is geometric",
     ]
@@ -216,8 +216,14 @@ def waterfall_lines(
 def _chosen(limits: Limits) -> str:
     if None not in limits and limits[0] == limits[1]:
         return f"each the cheapest found at {limits[0]:g} tokens/s/user or more"
+    if limits[0] is limits[1] is None:
+        return "each the cheapest found at its given batch, whatever its tokens/s/user"
     names = ("at a given batch" if limit is None else f"the cheapest at >= {limit:g} tokens/s/user" for limit in limits)
     return "unlike interactivity: from {}, to {}".format(*names)
+
+
+def _times(ratio: float) -> str:
+    return f"{1 / ratio:.3g} times cheaper" if ratio <= 1 else f"{ratio:.3g} times dearer"
 
 
 # -- ratios over interactivity -------------------------------------------------------------------

@@ -400,6 +400,11 @@ def test_provenance_order_and_operating_points_are_shown() -> None:
         "drafting: the first pass also appends",
     ):  # fmt: skip
         assert part in lines
+    back = ordered_waterfall(pricer("deepseek-r1"), GB300, H200)
+    (total,) = [line for line in waterfall_lines(back, all_orders(pricer("deepseek-r1"), back)) if "total: " in line]
+    assert f"{back.total:.3g} times dearer" in total
+    assert back.total > 1
+    assert "each the cheapest found at its given batch" in total
     assert waterfall_table(found, orders).row_count == len(found.factors) + 1  # the GPU's four once more, together
     document = waterfall_document(found, orders, (), (20.0, None))
     assert math.prod(row["ratio"] for row in document["factors"]) == pytest.approx(document["ratio"], rel=1e-9)
