@@ -195,6 +195,13 @@ def test_what_uneven_load_is(active: list[int], chosen: int) -> None:
     assert load.longest_match([2, 0], 1024, [2, 0]) == chosen
 
 
+def test_a_partial_block_is_credited_as_what_it_holds() -> None:
+    load = Load(Router("kv_aware", 2, 10))
+    load._costs = [1000.0, 100.0]
+    assert load.least_cost([2, 0], 600) == 1  # 1000 - 600 against 100
+    assert load.least_cost([2, 0], 1024) == 0
+
+
 # -- the endless cache -----------------------------------------------------------------------------
 
 

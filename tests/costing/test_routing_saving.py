@@ -215,6 +215,15 @@ def test_json_and_dollars(trace: Path) -> None:
         assert 0 < router["hit_rate"] <= found["bound_hit_rate"]
 
 
+def test_sizes_in_json(trace: Path) -> None:
+    result = run(trace, "--cache-tokens", "20480,endless", "--policy", "kv_aware,sticky", "--seed", 3, "--json")
+    found = json.loads(result.output)
+    assert [each["cache_tokens"] for each in found["routers"]] == [20_480, None, 20_480, None]
+    assert [each["prefill_weight"] for each in found["routers"]] == [1, 1, None, None]
+    assert {(each["seed"], each["replicas"], each["saving"]) for each in found["routers"]} == {(3, 8, None)}
+    assert found["serving"] is None
+
+
 def test_dollars_in_the_table_name_their_tokens(trace: Path) -> None:
     result = run(trace, "--model", "gpt-oss-120b", "--gpu", "h200", "--parallel", "tp2", "--policy", "sticky")
     assert result.exit_code == 0, result.output
