@@ -210,7 +210,7 @@ def make_spec(gpu: str, tuned: Path | None = None, is_named: bool = False) -> Se
 
 @dataclass
 class Swept:
-    """What came of a sweep: an outcome per target of its last pass that said something new, and what was left."""
+    """What came of a sweep: an outcome per target and pass; ``left``: not in every pass; ``lost``: cost a worker."""
 
     outcomes: list[Outcome]
     left: list[Target]
@@ -248,7 +248,8 @@ def sweep_targets(
                 say(Outcome(points[point], is_old=True))
             else:
                 waiting.append(point)
-        if not waiting:
+        swept.left = [points[point] for point in waiting]
+        if not any(allows(points[point]) for point in waiting):
             continue
         if number > first:
             fleet.open()
