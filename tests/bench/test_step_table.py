@@ -15,7 +15,7 @@ from tokenfab.bench.deployment import Deployment, check_divides, get_precision
 from tokenfab.bench.gpus import get_gpu
 from tokenfab.bench.interpolation import BETWEEN, BEYOND, EXACT, Grid, look_up, look_up_many
 from tokenfab.bench.models import load_model
-from tokenfab.bench.ops import Gemm
+from tokenfab.bench.ops import Collective, Gemm
 from tokenfab.bench.published import PUBLISHED_PROVENANCES, PublishedData
 from tokenfab.bench.published_many import times
 from tokenfab.bench.step_table import StepTable, SummedStep
@@ -144,3 +144,26 @@ def test_holes_are_filled_one_by_one(tree: Any) -> None:
         alone = data.time(Gemm(rows, width, 64), gpu, stack)
         assert time_s[place] == pytest.approx(float(alone.time_s), rel=1e-12)
         assert alone.provenance == PUBLISHED_PROVENANCES[codes[place]]
+
+
+def test_each_size_takes_the_first_table_that_has_it(tree: Any) -> None:
+    """Custom all-reduce up to 4,000 elements, NCCL up to a million: beyond the one, the other is no model."""
+    root, write = tree
+    sizes = {"op_name": "all_reduce", "num_gpus": 2, "kernel_source": "k"}
+    write(
+        "h100_sxm/comm/vllm/2.0/custom_allreduce_perf", {**sizes, "message_size": [1000, 4000], "latency": [1.0, 2.0]}
+    )
+    write("h100_sxm/comm/nccl/1.0/nccl_perf",
+          {**sizes, "nccl_dtype": "half", "message_size": [2000, 1_000_000], "latency": [9.0, 30.0]})  # fmt: skip
+    data, gpu = PublishedData(root), get_gpu("h100")
+    stack, elements = data.stack(gpu, "vllm"), [1000, 3000, 4000, 5000, 1_000_000, 2_000_000]
+    time_s, codes = times(data, Collective("all_reduce", np.array(elements), 2), gpu, stack)  # type: ignore[arg-type]
+    for place, each in enumerate(elements):
+        alone = data.time(Collective("all_reduce", each, 2), gpu, stack)
+        assert time_s[place] == pytest.approx(float(alone.time_s), rel=1e-12)
+        assert alone.provenance == PUBLISHED_PROVENANCES[codes[place]]
+    assert time_s[:3].max() <= 2e-3 * (1 + 1e-9)
+    assert time_s[3] > 9e-3  # NCCL's, not the other's last row held
+    assert [PUBLISHED_PROVENANCES[code] for code in codes] == [
+        "measured", "interpolated", "measured", "interpolated", "measured", "modelled",
+    ]  # fmt: skip
