@@ -233,3 +233,18 @@ def test_what_cannot_be_offered_is_said() -> None:
         options(asked("deepseek-v3", "h200", "vllm", workload, "tp8"), workload, max_modelled=0.0)
     with pytest.raises(ValueError, match=r"^deepseek-v3: nothing can serve: tp8: precision: nvfp4"):
         options(asked("deepseek-v3", "h200", "vllm", workload, "tp8", precision="nvfp4"), workload)
+
+
+def test_the_longest_request_must_fit_alone() -> None:
+    """130,000 latents of Kimi-K2 in FP8 take 4.6 GB; beside weights and reserve 16 H100 have 3.4 each."""
+    inputs = np.array([1000] * 199 + [130_000])
+    outputs = np.array([500] * 199 + [1])
+    workload = Workload(np.arange(200.0), inputs, np.zeros(200, int), outputs)
+    model, gpu = load_model("kimi-k2"), get_gpu("h100")
+    study_ = asked("kimi-k2", "h100", "sglang", workload, "dp16-ep16", batches=[1.0])
+    found = options(study_, workload, max_modelled=1.0)[0]
+    one = found.decode[0].deployment
+    assert one.sequences <= largest_batch(model, gpu, one)
+    assert largest_batch(model, gpu, replace(one, context=130_001)) == 0
+    assert not found.decode[0].fits
+    assert not found.prefill[0].fits
