@@ -5,7 +5,7 @@ than their peers (they keep their GPU, so that no other worker of the sweep gets
 the store lacks. Each record is on the driver's disk before the next answer is looked at. A GPU whose process dies gets
 another, which begins with its anchors again.
 
-The anchors' records go to ``OUT/anchors``, beside the store: they are no points of a sweep.
+The anchors' records are lines of ``OUT/anchors/GPU.ndjson``: they are no points, and no reader of records takes them.
 
 Errors: ``FleetError``; what the store raises.
 """
@@ -26,8 +26,10 @@ from .device import DeviceProperties
 from .fleet import ATTEMPTS, FleetError, GpuReport, Lost, SeatDied, drive, excluded, fingerprint, slowness
 from .fleet_seat import Hello, NotMeasured, Point, Seat, SeatSpec, unpack
 from .gpus import Gpu
+from .lab import append_line
 from .measurement import Settings
 from .record import Point as RecordPoint
+from .record import encode
 from .records import RecordStore
 from .targets import Target
 
@@ -77,7 +79,7 @@ class Fleet:
     ) -> None:  # fmt: skip
         """``out``: the folder of the records; None to keep none of the anchors. ``tell``: a line for people."""
         self._cluster, self.row, self.spec, self._tell = cluster, row, spec, tell
-        self._anchors = None if out is None else RecordStore(out / ANCHOR_FOLDER, f"{row.name}.jsonl")
+        self._anchors = None if out is None else out / ANCHOR_FOLDER / f"{row.name}.ndjson"
         self._lock = threading.Lock()
         self._held: list[Remote] = []
         self._reports: dict[str, GpuReport] = {}
@@ -141,7 +143,7 @@ class Fleet:
         """The anchors of every GPU, those of the excluded ones included: they say why."""
         if self._anchors is not None:
             for packed in hello.records:
-                self._anchors.append(unpack(packed))
+                append_line(self._anchors, encode(unpack(packed)).rstrip(b"\n"))
 
     def _welcome(self, seat: Remote, hello: Hello) -> None:
         self.seats.append(seat)

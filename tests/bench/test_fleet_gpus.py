@@ -29,6 +29,7 @@ from tokenfab.bench.fleet_sweep import Fleet, sweep_targets
 from tokenfab.bench.gpus import get_gpu
 from tokenfab.bench.judgement import judge
 from tokenfab.bench.peers import ANCHORS
+from tokenfab.bench.record import decode
 from tokenfab.bench.records import RecordStore
 from tokenfab.bench.targets import Target
 from tokenfab.tests.bench import fleet_fakes
@@ -106,7 +107,9 @@ def test_the_gpu_that_is_20_percent_slow_is_named_and_measures_nothing(
         processes[record.point.shape["n"]].add(record.process)
     assert {len(found) for found in processes.values()} == {2}, "each pass is another process"
     assert len({record.process for record in records}) == 2
-    anchors = list(RecordStore(tmp_path / "anchors", "h100.jsonl").records())
+    lines = (tmp_path / "anchors" / "h100.ndjson").read_bytes().splitlines()
+    anchors = [decode(line, "anchors") for line in lines]
+    assert [file.name for file in tmp_path.rglob("*.jsonl")] == ["h100.jsonl"], "no reader takes anchors for points"
     assert {record.environment.uuid for record in anchors} == {"GPU-0", "GPU-1"}
     assert (swept.lost, swept.left) == ([], [])
 
