@@ -4,7 +4,7 @@ An id stands for its block and all before it, so whatever request it is in, the 
 request of the published traces). Then a cache that evicts no block before those that follow it holds whole prefixes
 only, and a request hits the first blocks of its own that are there.
 
-Memory: 4 bytes per id, and 12 more where ids do not count up from 0.
+Memory: 8 bytes per id, and 12 more where ids do not count up from 0.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class BlockIndex:
         self.num_ids = 0
         self.blocks = 0
         self._before = np.full(1 << 16, _UNSEEN, np.int32)
+        self._first = np.empty(1 << 16, np.int32)
         self._known: tuple[np.ndarray, np.ndarray] | None = None  # sorted ids and their numbers; None: ids are numbers
 
     def add(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
@@ -48,8 +49,9 @@ class BlockIndex:
         before[1:] = numbers[:-1]
         before[starts[:-1]] = _FIRST
         unseen = np.flatnonzero(self._before[numbers] == _UNSEEN)
-        _, first = np.unique(numbers[unseen], return_index=True)
-        new = unseen[first]
+        found, order = numbers[unseen], np.arange(len(unseen))
+        self._first[found[::-1]] = order[::-1]  # of several, the last value assigned stays: where it is first
+        new = unseen[self._first[found] == order]
         self._before[numbers[new]] = before[new]
         wrong = np.flatnonzero(self._before[numbers] != before)
         if len(wrong):
@@ -69,6 +71,7 @@ class BlockIndex:
         if self.num_ids > len(self._before):
             more = np.full(max(self.num_ids, 2 * len(self._before)) - len(self._before), _UNSEEN, np.int32)
             self._before = np.concatenate((self._before, more))
+            self._first = np.empty(len(self._before), np.int32)
 
     def _numbers(self, ids: np.ndarray) -> np.ndarray:
         """The ids themselves while they count up from about 0; numbers given in order of size from then on."""
