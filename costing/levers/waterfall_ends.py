@@ -194,8 +194,8 @@ def _prefill_split(pricer: Pricer, side: Side, point: Point, max_modelled: float
         except Impossible as error:
             first_reason = first_reason or f"{split}: {error}"
             continue
-        is_unknown = passed.coverage()["modelled"] > max_modelled
-        found.append((is_unknown, passed.time_s * split.attention_tp / passed.sequences, index))
+        is_unknown = passed.coverage().get("modelled", 0.0) > max_modelled
+        found.append((is_unknown, passed.gpu_s, index))
     if not found:
         raise Impossible(f"prefill_parallel: {first_reason}")
     return side.prefill_parallels[min(found)[2]]

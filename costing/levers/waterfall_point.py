@@ -1,13 +1,13 @@
 """A point of a waterfall: everything that decides a $/M, its times and its price.
 
-    GPU-seconds per output token = step / (kept tokens x sequences per GPU)                                      decode
-                                 + pass x GPUs of an attention group / (prompts of the pass x output tokens)     prefill
+    GPU-seconds per output token = step / (kept tokens x sequences per GPU)                                    decode
+                                 + passes x GPUs of an attention group / (prompts of a pass x output tokens)   prefill
     $/M output tokens = $/GPU-h / 3600 x GPU-seconds per output token x 1e6
 
 The second term is there where the lengths of a request are stated; without them every figure is of decode GPUs only.
 *Aggregated*, the same GPUs do both, and a user's tokens wait while they prefill: tokens/s/user = kept tokens / step x
 the share of time that decoding has. *Disaggregated*, GPUs of their own prefill, with a split of their own, as many as
-the load needs: they are paid for, and the user does not wait. A pass holds prompts of up to ``PASS_TOKENS`` new tokens.
+the load needs: they are paid for, and the user does not wait. Passes are those of ``request_pools``.
 A step with drafts verifies them and makes the next ones (``speculative``).
 
 Units: seconds, dollars per million output tokens. Errors: ``ValueError``; ``Impossible`` for a point that cannot be.
@@ -25,11 +25,12 @@ from ...bench.deployment import Deployment, Precision
 from ...bench.gpus import Gpu
 from ...bench.memory import DoesNotFit
 from ...bench.prefill_plan import OMITTED as PREFILL_OMITTED
-from ...bench.prefill_time import PrefillTime, prefill_time
 from ...bench.step_time import StepTime, TimedOp, step_time
 from ..cost import StepCost, usd_per_mtok
 from ..prices import Price
-from ..sweep import Parallel
+from ..study import Study
+from ..sweep import Parallel, Sweep
+from ..workload.request_pools import PrefillWork, prefill_work
 from ..workload.serving import Request
 from .speculative import MTP, SPECULATION_OMITTED, Drafter, most_sequences
 
@@ -53,14 +54,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """What changes together, in the default order: the GPU before the precision that only it has, before the split that
 only its domain makes worth it; the batch after all that make room for it."""
 
-PASS_TOKENS = 8192
-"""New tokens that a prefill pass of one attention group holds at most; a longer prompt has a pass of its own. A choice
-of this module: more rows hardly make a pass more efficient, and every prompt of a pass waits for all of them."""
-
 INTERVAL_SAMPLES = 20_000
 
 
-_Time = TypeVar("_Time", StepTime, PrefillTime)
+_Time = TypeVar("_Time", StepTime, PrefillWork)
 
 
 class Impossible(ValueError):
@@ -107,16 +104,15 @@ class Point:
         if self.prefill_parallel is not None and self.request is None:
             raise ValueError("request: expected input and output tokens with GPUs that prefill; got none")
 
-    def deployment(self, parallel: Parallel | None = None) -> Deployment:
-        """As the decode plan knows it; split like ``parallel``, where given, with one sequence per attention group.
+    def deployment(self) -> Deployment:
+        """As the decode plan knows it.
 
         Raises:
             ValueError: a batch that is no whole number of sequences, and what else a deployment refuses.
         """
-        split = parallel or self.parallel
-        batch = self.batch_per_gpu if parallel is None else 1 / split.attention_tp
+        split = self.parallel
         return Deployment(
-            split.gpus, split.attention_tp, split.expert_parallel, self.precision, batch, self.context,
+            split.gpus, split.attention_tp, split.expert_parallel, self.precision, self.batch_per_gpu, self.context,
             1 + self.drafts, self.acceptance_length, load=self.load,
             exchange="all_gather" if split.all_gather else "all_to_all",
         )  # fmt: skip
@@ -176,7 +172,7 @@ class Priced:
 
     point: Point
     step: StepTime
-    prefill: PrefillTime | None = None
+    prefill: PrefillWork | None = None
 
     @cached_property
     def ops(self) -> tuple[tuple[TimedOp, float], ...]:
@@ -185,9 +181,9 @@ class Priced:
         decode = tuple((op, op.time_s / kept) for op in self.step.ops)
         if self.prefill is None or self.point.request is None:
             return decode
-        tokens = self.prefill.sequences * self.point.request.output_tokens
-        each = self.prefill.deployment.attention_tp / tokens
-        return (*decode, *((op, op.time_s * each) for op in self.prefill.ops))
+        passes = self.prefill.passes
+        each = passes[0].deployment.attention_tp / (self.prefill.prompts * self.point.request.output_tokens)
+        return (*decode, *((op, op.time_s * each) for passed in passes for op in passed.ops))
 
     @cached_property
     def gpu_s_per_token(self) -> float:
@@ -272,7 +268,7 @@ class Pricer:
 
         self.model, self.data, self.recorded = model, data, recorded or RecordedData()
         self._steps: dict[tuple[Any, ...], StepTime | str] = {}
-        self._passes: dict[tuple[Any, ...], PrefillTime | str] = {}
+        self._works: dict[tuple[Any, ...], PrefillWork | str] = {}
 
     def __call__(self, point: Point) -> Priced:
         """The point priced.
@@ -290,14 +286,14 @@ class Pricer:
         split = point.prefill_parallel or point.parallel
         return Priced(point, step, self.prefill(point, split))
 
-    def prefill(self, point: Point, split: Parallel) -> PrefillTime:
-        """A pass of the point's request on GPUs split like that.
+    def prefill(self, point: Point, split: Parallel) -> PrefillWork:
+        """The passes of the point's request on GPUs split like that.
 
         Raises:
             Impossible: it does not divide or fit, or the GPU has no such units or tables; says why.
         """
         key = (point.gpu.name, point.stack, point.precision, split, point.load, point.request)
-        return _kept(self._passes, key, self._pass, replace(point, prefill_parallel=split))
+        return _kept(self._works, key, self._work, replace(point, prefill_parallel=split))
 
     def _stack(self, point: Point) -> Stack:
         from ...bench.recorded import find_stack
@@ -319,15 +315,14 @@ class Pricer:
         drafting = drafter.ops(self.data, point.gpu, stack, deployment, point.drafts)
         return replace(step, ops=(*step.ops, *drafting))
 
-    def _pass(self, point: Point) -> PrefillTime:
+    def _work(self, point: Point) -> PrefillWork:
         request, split = point.request, point.prefill_parallel
         assert request is not None
         assert split is not None
-        return prefill_time(
-            self.data, self.model, point.gpu, self._stack(point), point.deployment(split),
-            new_tokens=request.new_tokens, cached_tokens=request.cached_tokens,
-            sequences=max(1, PASS_TOKENS // request.new_tokens),
+        sweep = Sweep(
+            self.model, [point.gpu], (point.stack,), [split], point.precision, request.context, load=point.load
         )  # fmt: skip
+        return prefill_work(Study(sweep, self.data, lambda _: point.price, self.recorded), request)
 
 
 def _kept(

@@ -29,10 +29,12 @@ from tokenfab.costing.levers.waterfall_orders import (
     parse_order,
     possible_order,
 )
-from tokenfab.costing.levers.waterfall_point import GROUPS, PASS_TOKENS, Impossible, Point, Pricer
+from tokenfab.costing.levers.waterfall_point import GROUPS, Impossible, Point, Pricer
 from tokenfab.costing.levers.waterfall_view import waterfall_document, waterfall_lines, waterfall_table
 from tokenfab.costing.prices import PriceBook, stated_price
+from tokenfab.costing.study import study
 from tokenfab.costing.sweep import Parallel
+from tokenfab.costing.workload.request_pools import predict
 from tokenfab.costing.workload.serving import Request
 
 BOOK = PriceBook.read()
@@ -74,7 +76,9 @@ points = st.builds(
 )  # fmt: skip
 
 
-requests = st.sampled_from([None, Request(3000, 0, 500), Request(500, 100, 2000), Request(9000, 8000, 1)])
+requests = st.sampled_from(
+    [None, Request(3000, 0, 500), Request(500, 100, 2000), Request(9000, 8000, 1), Request(20000, 500, 300)]
+)
 prefills = st.sampled_from([None, *map(Parallel.parse, ("tp1", "tp4", "dp2-ep2-ag"))])
 
 
@@ -97,13 +101,16 @@ def seconds_by_hand(at: Point, model: str = MODEL) -> tuple[float, float]:
     if at.request is None:
         return decode_s, 0.0
     split = at.prefill_parallel or at.parallel
-    prompts = max(1, PASS_TOKENS // at.request.new_tokens)
-    passed = prefill_time(
-        data, config, at.gpu, stack, deployment(split, 1 / split.attention_tp), new_tokens=at.request.new_tokens,
-        cached_tokens=at.request.cached_tokens, sequences=prompts,
-    )  # fmt: skip
-    tokens_of_pass = prompts * split.attention_dp * at.request.output_tokens
-    return decode_s, split.gpus * passed.time_s / tokens_of_pass
+    prompts = max(1, 8192 // at.request.new_tokens)
+    start, passes_s = at.request.cached_tokens, 0.0
+    while start < at.request.input_tokens:  # chunks of 8192 tokens, each over those before it
+        new = min(8192, at.request.input_tokens - start)
+        one = deployment(split, 1 / split.attention_tp)
+        passed = prefill_time(
+            data, config, at.gpu, stack, one, new_tokens=new, cached_tokens=start, sequences=prompts
+        )  # fmt: skip
+        passes_s, start = passes_s + passed.time_s, start + new
+    return decode_s, split.gpus * passes_s / (prompts * split.attention_dp * at.request.output_tokens)
 
 
 def usd_by_hand(at: Point, model: str = MODEL) -> float:
@@ -412,3 +419,22 @@ def test_provenance_order_and_operating_points_are_shown() -> None:
     assert document["times_cheaper"] * document["ratio"] == pytest.approx(1)
     assert document["from_min_tokens_per_s_per_user"] == 20.0
     assert document["to_min_tokens_per_s_per_user"] is None
+
+
+@pytest.mark.parametrize("apart", [None, "dp2-ep2-ag"])
+def test_a_request_costs_what_the_request_command_says(apart: str | None) -> None:
+    """The same pools through another door: ``request_pools.predict``."""
+    lengths, split = Request(20000, 2000, 300), "tp2"
+    at = point(parallel=split, batch=8, context=lengths.context, request=lengths)
+    at = replace(at, prefill_parallel=Parallel.parse(apart) if apart else None)
+    priced = pricer()(at)
+    decode, prefill = (
+        study(MODEL, ["h100"], ["vllm"], [each], [8], precision="bf16", context=lengths.context)
+        for each in (split, apart or split)
+    )
+    said = predict(decode, prefill if apart else None, lengths)
+    assert priced.usd_per_mtok == pytest.approx(said.serving.bill.usd_per_mtok_output, rel=1e-9)
+    assert priced.tokens_per_s_per_user == pytest.approx(said.tokens_per_s_per_user, rel=1e-9)
+    assert priced.prefill_per_decode_gpu == pytest.approx(said.serving.prefill_gpus_per_decode_gpu, rel=1e-9)
+    assert priced.prefill is not None
+    assert len(priced.prefill.passes) == 3
