@@ -6,7 +6,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from tokenfab.costing.workload.cheapest import MEMORY, TOGETHER, TOKENS_PER_S_PER_USER, TTFT, Search, lift
+from tokenfab.costing.workload.cheapest import MEMORY, TOGETHER, TOKENS_PER_S_PER_USER, TTFT, Choice, Search, lift
 from tokenfab.costing.workload.deploy import Limits, Workload
 from tokenfab.costing.workload.fleet import aggregated, disaggregated
 from tokenfab.costing.workload.frontier import Frontier, FrontierPoint, frontier, undominated
@@ -98,6 +98,23 @@ def test_what_nothing_meets_is_named(walked: tuple[Search, Frontier], workload: 
     nothing = frontier(search, Limits(0.0, 1e-3))
     assert nothing.points == ()
     assert [each.failing for each in nothing.unmet] == [(TTFT,)]
+
+
+def test_the_next_limit_is_just_above_what_is_reached(walked: tuple[Search, Frontier]) -> None:
+    class Recording(Search):
+        def choose(self, limits: Limits, only: int | None = None) -> Choice | None:
+            found = super().choose(limits, only)
+            steps.append((limits.min_tokens_per_s_per_user, found and found.served.tokens_per_s_per_user))
+            return found
+
+    steps: list[tuple[float, float | None]] = []
+    search, walk = walked
+    frontier(Recording(search.workload, search.options), walk.limits, step=1 + 1e-9)
+    assert steps[0][0] == 0
+    assert steps[-1][1] is None
+    for (_, reached), (limit, _) in itertools.pairwise(steps):
+        assert reached is not None
+        assert reached < limit <= reached * (1 + 1e-5)
 
 
 def test_a_wide_step_asks_less(walked: tuple[Search, Frontier]) -> None:
