@@ -1,8 +1,9 @@
 """The process that compiles, both ends of its pipe: a compiler that aborts or hangs takes nothing else down.
 
-``python -m tokenfab.bench.inspect_child`` reads one JSON job per line from stdin (the compiler inputs
+``python -m tokenfab.bench.inspect_child FOLDER`` reads one JSON job per line from stdin (the compiler inputs
 of a ``CompilePoint`` and ``arch``) and answers each with one JSON line on stdout: facts, or what went
-wrong. After a failure it exits: a compiler that failed once is not asked again. ``Child`` is the other
+wrong. After a failure it exits: a compiler that failed once is not asked again. When its input ends, its
+parent is gone, and it removes FOLDER. ``Child`` is the other
 end, ``Children`` a pool of them. Only the process itself imports triton.
 
 Differences between Triton 3.6.0 and 3.9.0 that matter here: the ptxas used for sm_90 ("ptxas" against
@@ -232,6 +233,8 @@ def main() -> None:
         answers.flush()
         if "failure" in answer:
             return
+    for folder in sys.argv[1:]:  # whose parent is gone without closing
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---- the parent's end ------------------------------------------------------------------------------------
@@ -252,7 +255,7 @@ class Child:
         }
         environment = {name: value for name, value in {**os.environ, **changed}.items() if value is not None}
         # -P: the working directory is never searched for modules
-        command = [sys.executable, "-P", "-X", "faulthandler", "-m", f"{__package__}.inspect_child"]
+        command = [sys.executable, "-P", "-X", "faulthandler", "-m", f"{__package__}.inspect_child", self._folder]
         with self._stderr.open("wb") as stderr:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
