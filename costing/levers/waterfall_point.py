@@ -205,6 +205,12 @@ class Priced:
         return usd_per_mtok(1 / self.gpu_s_per_token, self.point.price.usd_per_gpu_hour)
 
     @property
+    def usd_per_mtok_total(self) -> float | None:
+        """Dollars per million input (cached or not) and output tokens; None without a request."""
+        request = self.point.request
+        return None if request is None else self.usd_per_mtok * request.output_tokens / request.total_tokens
+
+    @property
     def tokens_per_s_per_gpu(self) -> float:
         """Output tokens, of all GPUs."""
         return 1 / self.gpu_s_per_token

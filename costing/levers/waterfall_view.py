@@ -63,6 +63,7 @@ def priced_dict(priced: Priced) -> dict[str, Any]:
         "tokens_per_s_per_gpu": priced.tokens_per_s_per_gpu,
         "tokens_per_s_per_user": priced.tokens_per_s_per_user,
         "usd_per_mtok_output": priced.usd_per_mtok,
+        "usd_per_mtok_total": priced.usd_per_mtok_total,
         "denominator": priced.denominator,
         "coverage": priced.coverage,
     }
@@ -176,10 +177,8 @@ def end_lines(name: str, priced: Priced, interval: Percentiles | None = None) ->
 
 
 def _of_total(priced: Priced) -> str:
-    request = priced.point.request
-    if request is None:
-        return ""
-    return f", ${priced.usd_per_mtok * request.output_tokens / request.total_tokens:.4g}/M of input and output tokens"
+    total = priced.usd_per_mtok_total
+    return "" if total is None else f", ${total:.4g}/M of input and output tokens"
 
 
 def _prefill_gpus(priced: Priced) -> str:

@@ -434,6 +434,11 @@ def test_a_request_costs_what_the_request_command_says(apart: str | None) -> Non
     )
     said = predict(decode, prefill if apart else None, lengths)
     assert priced.usd_per_mtok == pytest.approx(said.serving.bill.usd_per_mtok_output, rel=1e-9)
+    total = said.serving.bill.usd_per_mtok_total
+    assert priced.usd_per_mtok_total == pytest.approx(total, rel=1e-9)
+    found = ordered_waterfall(pricer(), at, at)
+    lines = "\n".join(waterfall_lines(found, all_orders(pricer(), found)))
+    assert f"${total:.4g}/M of input and output tokens" in lines
     assert priced.tokens_per_s_per_user == pytest.approx(said.tokens_per_s_per_user, rel=1e-9)
     assert priced.prefill_per_decode_gpu == pytest.approx(said.serving.prefill_gpus_per_decode_gpu, rel=1e-9)
     assert priced.prefill is not None
