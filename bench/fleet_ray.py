@@ -25,8 +25,9 @@ from typing import Any
 from .fleet import ACCELERATOR_TYPES, ATTEMPTS, GPU_RESOURCE, FleetError, Job, Lost, SeatDied
 
 INSTALL_HINT = "pip install 'tokenfab[ray]', in a checkout pip install '.[ray]'"
-PLACE_S = 120.0
-"""How long a GPU that the cluster has may take to be given to us; one that others use takes longer."""
+PLACE_S, RENEW_S, MOMENT_S = 120.0, 30.0, 2.0
+"""How long a GPU that the cluster has may take to be given to us: at first; in place of one that is lost; and where
+it is most likely in use. One that others use takes longer."""
 
 SEAT_CPUS = 1
 _ACCELERATOR = "accelerator_type:"
@@ -140,8 +141,12 @@ class Cluster:
                 found[model] = found.get(model, 0) + int(node["GPU"])
         return found
 
-    def seats(self, gpu: str, actor: str, *arguments: Any, most: int | None = None) -> list[RaySeat]:
+    def seats(
+        self, gpu: str, actor: str, *arguments: Any, most: int | None = None, expected: int | None = None
+    ) -> list[RaySeat]:
         """An actor ("module:Class", made with ``arguments``) on every GPU of a model that is free, or on ``most``.
+
+        ``expected``: how many surely are; the others are waited for only a moment.
 
         Raises:
             FleetError: no node has such a GPU.
@@ -161,7 +166,10 @@ class Cluster:
             count = fits if most is None else min(fits, most - len(made))
             made += [remote.options(**options).remote(*arguments) for _ in range(count)]
         placed = {each.node.remote(): each for each in made}
-        ready, late = self._ray.wait(list(placed), num_returns=len(placed), timeout=PLACE_S if most is None else 30.0)
+        if expected is not None:
+            self._ray.wait(list(placed), num_returns=max(1, min(expected, len(placed))), timeout=PLACE_S)
+        wait_s = MOMENT_S if expected is not None else RENEW_S if most is not None else PLACE_S
+        ready, late = self._ray.wait(list(placed), num_returns=len(placed), timeout=wait_s)
         for each in late:  # others use that GPU
             self._ray.kill(placed[each])
         return [RaySeat(self, placed[each]) for each in ready]

@@ -51,7 +51,9 @@ class Remote(Protocol):
 class Seats(Protocol):
     """Where workers come from: ``fleet_ray.Cluster``."""
 
-    def seats(self, gpu: str, actor: str, *arguments: Any, most: int | None = None) -> Sequence[Remote]: ...
+    def seats(
+        self, gpu: str, actor: str, *arguments: Any, most: int | None = None, expected: int | None = None
+    ) -> Sequence[Remote]: ...
 
 
 def limit_s(settings: Settings) -> float:
@@ -110,8 +112,9 @@ class Fleet:
         Raises:
             FleetError: no GPU is left to measure on; says why of each.
         """
+        before = len(self.seats) or None
         self.close()
-        made = self._cluster.seats(self.row.name, ACTOR, self.spec)
+        made = self._cluster.seats(self.row.name, ACTOR, self.spec, expected=before)
         if not made:
             raise FleetError(f"gpu: expected a {self.row.name} that is free; others use every one of the cluster")
         with ThreadPoolExecutor(len(made)) as pool:

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from tokenfab.bench import fleet_lab
 from tokenfab.bench.case import Anchor
-from tokenfab.bench.fleet import AnchorTime, GpuReport, SeatDied, fingerprint
+from tokenfab.bench.fleet import AnchorTime, FleetError, GpuReport, SeatDied, fingerprint
 from tokenfab.bench.fleet_lab import run_lab
 from tokenfab.bench.fleet_seat import Hello, NotMeasured, Point, SeatSpec, Stepped, StepWork, pack
 from tokenfab.bench.fleet_sweep import Fleet
@@ -46,10 +46,14 @@ class Gpus:
     count: int = 2
     log: list[tuple[str, int, Any]] = field(default_factory=list)
     made: int = 0
+    slow: set[str] = field(default_factory=set)
+    faulty: set[str] = field(default_factory=set)
     busy: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def seats(self, gpu: str, actor: str, *arguments: Any, most: int | None = None) -> list[GpuSeat]:
+    def seats(
+        self, gpu: str, actor: str, *arguments: Any, most: int | None = None, expected: int | None = None
+    ) -> list[GpuSeat]:
         assert gpu == "h100"
         assert actor == "tokenfab.bench.fleet_seat:Seat"
         with self.lock:
@@ -69,8 +73,10 @@ class GpuSeat:
         with self.gpus.lock:
             self.gpus.log.append((method, self.number, arguments))
         if method == "hello":
-            anchors = (AnchorTime("copy", 1e-4, 0.999e-4, 1.001e-4),)
-            return Hello(GpuReport(self.uuid, "here", anchors), PROPERTIES)
+            factor = 1.2 if self.uuid in self.gpus.slow else 1.0
+            anchors = (AnchorTime("copy", factor * 1e-4, factor * 0.999e-4, factor * 1.001e-4),)
+            problem = "anchor copy: check: wrong" if self.uuid in self.gpus.faulty else ""
+            return Hello(GpuReport(self.uuid, "here", anchors, problem), PROPERTIES)
         try:
             return self.gpus.answers[method](self, *copy.deepcopy(arguments))  # as if it travelled
         except SeatDied:
@@ -85,6 +91,51 @@ class GpuSeat:
 
 def fleet_of(gpus: Gpus) -> Fleet:
     return Fleet(gpus, H100, SeatSpec("h100", fingerprint()))
+
+
+# -- the fleet -------------------------------------------------------------------------------------
+
+
+def on(fleet: Fleet) -> list[str]:
+    return sorted(seat.uuid for seat in fleet.seats if isinstance(seat, GpuSeat))
+
+
+def test_a_slow_gpu_keeps_its_process_and_measures_nothing() -> None:
+    gpus = Gpus(count=3, slow={"GPU-1"})
+    with fleet_of(gpus) as fleet:
+        for _ in range(2):
+            fleet.open()
+            assert on(fleet) == ["GPU-0", "GPU-2"]
+            assert gpus.busy == {"GPU-0", "GPU-1", "GPU-2"}, "nobody else of the sweep gets it"
+        assert list(fleet.excluded) == ["GPU-1"]
+        assert str(fleet.excluded["GPU-1"]).startswith("excluded: GPU-1 on here: copy takes 120.00 us, 20.0% more")
+    assert gpus.busy == set()
+
+
+def test_a_gpu_that_comes_back_slow_is_excluded_then() -> None:
+    gpus = Gpus(count=3)
+    with fleet_of(gpus) as fleet:
+        fleet.open()
+        assert fleet.excluded == {}
+        lost = next(seat for seat in fleet.seats if isinstance(seat, GpuSeat) and seat.uuid == "GPU-2")
+        again = fleet.renew(lost)
+        assert isinstance(again, GpuSeat)
+        assert (again.uuid, on(fleet)) == ("GPU-2", ["GPU-0", "GPU-1", "GPU-2"])
+        assert again.number != lost.number
+        gpus.slow = {"GPU-2"}
+        assert fleet.renew(again) is None
+        assert list(fleet.excluded) == ["GPU-2"]
+        assert on(fleet) == ["GPU-0", "GPU-1"]
+
+
+def test_without_a_gpu_to_measure_on() -> None:
+    with fleet_of(Gpus(count=0)) as fleet, pytest.raises(FleetError, match="expected a h100 that is free"):
+        fleet.open()
+    with fleet_of(Gpus(faulty={"GPU-0", "GPU-1"})) as fleet:
+        with pytest.raises(FleetError, match="none is left: excluded: GPU-0 on here: anchor copy.*GPU-1 on here"):
+            fleet.open()
+        with pytest.raises(FleetError, match="none is left"):
+            fleet.ask("versions", [])
 
 
 # -- tune ------------------------------------------------------------------------------------------
