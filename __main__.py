@@ -29,6 +29,7 @@ from .commands.options import (
     stack_option,
     stacks_option,
 )  # fmt: skip
+from .commands.ranks import ranks
 from .commands.request import request
 from .commands.routing import routing
 from .commands.shared import Group, comma, json_option, price_file_option, price_options, print_json, show
@@ -51,6 +52,8 @@ def cli() -> None:
     Start here:
       tokenfab cost deepseek-v3                          which GPU, stack and batch is cheapest
       tokenfab step deepseek-v3 --gpu h200 --batch 64    one deployment, op by op
+      tokenfab deploy deepseek-v3 --gpu h200 --trace T   the cheapest that serves a trace within limits
+      tokenfab explain --claim nvidia-35x                a published claim, figure by figure
       tokenfab published check                           how far interpolation can be trusted
       tokenfab inspect gemm --arch sm_90                 tokenfab's own kernels, compiled: no GPU needed
       tokenfab bench gemm                                the same, measured on this machine's GPU
@@ -75,6 +78,7 @@ cli.add_command(scale)
 cli.add_command(tco)
 cli.add_command(explain)
 cli.add_command(interval)
+cli.add_command(ranks)
 cli.add_command(request)
 cli.add_command(routing)
 cli.add_command(sensitivity)

@@ -21,8 +21,10 @@ Case = Callable[[RankGroup], bool]
 def cases(name: str) -> dict[str, Case]:
     if name == "layers":
         from tokenfab.tests.bench.ranks_layer_cases import CASES
-    else:
+    elif name == "steps":
         from tokenfab.tests.bench.ranks_step_cases import CASES
+    else:
+        from tokenfab.tests.bench.ranks_measure_cases import CASES
     return CASES
 
 

@@ -63,9 +63,13 @@ def torchrun(arguments: Sequence[str], *, ranks: int = 2, timeout_s: float = 400
 
 
 def by_themselves(
-    arguments: Sequence[str], *, ranks: int = 2, started: Sequence[int] | None = None, timeout_s: float = 120
-) -> list[Ended]:
-    """Each of ``started`` as Slurm would start it: with nobody who ends the others when one dies."""
+    arguments: Sequence[str], *, ranks: int = 2, started: Sequence[int] | None = None, killed: Sequence[int] = (),
+    timeout_s: float = 120,
+) -> list[Ended]:  # fmt: skip
+    """Each of ``started`` as Slurm would start it: with nobody who ends the others when one dies.
+
+    ``killed``: ranks that would never end; once all others have.
+    """
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
@@ -75,7 +79,9 @@ def by_themselves(
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
             environment = _environment(MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in names.items()})
             processes.append(_start([sys.executable, "-m", *arguments], environment))
-        return [_end(process, begin_s + timeout_s) for process in processes]
+        until_s = begin_s + timeout_s
+        ends = {rank: _end(process, until_s) for rank, process in enumerate(processes) if rank not in killed}
+        return [ends[rank] if rank in ends else _end(process, 0.0) for rank, process in enumerate(processes)]
     finally:
         for process in processes:
             _kill(process)
