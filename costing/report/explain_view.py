@@ -67,6 +67,7 @@ def write_explanation(path: Path, shown: Waterfall, table: Table, lines: Sequenc
         ValueError: the file cannot be written.
     """
     name = f"{shown.start.step.model.name}: {shown.start.point.gpu.title} to {shown.end.point.gpu.title}"
-    caption = f"{1 / shown.total:.3g} times cheaper at these two operating points; green: cheaper, crossed: modelled"
+    times = f"{1 / shown.total:.3g} times cheaper" if shown.total <= 1 else f"{shown.total:.3g} times dearer"
+    caption = f"{times} at these two operating points; green: cheaper, crossed: modelled"
     figures = [(caption, waterfall_figure(shown))]
     write_view(path, "From one price per million tokens to another, factor by factor", name, figures, [table], lines)

@@ -70,6 +70,7 @@ def test_explain_draws_every_factor_between_its_prices(reported: dict[str, tuple
         x for trace in figures(path)["plot-0"]["data"] if trace["marker"]["pattern"]["shape"] == "x" for x in trace["x"]
     }
     assert crossed == {each["factor"] for each in document["factors"] if each["what_if_by_roofline"]}
+    assert f"{document['times_cheaper']:.3g} times cheaper at these two operating points" in path.read_text()
     dearer = {x for trace in figures(path)["plot-0"]["data"] if trace["name"].startswith("dearer") for x in trace["x"]}
     assert dearer == {each["factor"] for each in document["factors"] if each["ratio"] > 1}
 
