@@ -68,6 +68,6 @@ def test_measured_rows_are_the_sources() -> None:
         (lambda: get_acceptance("glm"), "acceptance: expected one of deepseek-v3-mtp-low"),
     ],
 )
-def test_refused(make: object, message: str) -> None:
+def test_r28_absurd_acceptances_are_named(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         make()  # type: ignore[operator]

@@ -145,7 +145,7 @@ def test_requests_beyond_the_context_are_left_out_only_if_asked(tmp_path: Path) 
         (lambda path: read(path.parent / "absent.jsonl"), "trace: cannot read .*absent.jsonl"),
     ],
 )
-def test_what_cannot_be_is_said(tmp_path: Path, make: Any, message: str) -> None:
+def test_r28_absurd_demands_are_named(tmp_path: Path, make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         make(mooncake(tmp_path))
 

@@ -349,7 +349,7 @@ def test_nothing_binds_where_nothing_saves(workload: Workload) -> None:
         (lambda: lift(Limits(), "weather"), "limit: expected one of tokens/s/user, .*; got 'weather'"),
     ],
 )
-def test_what_cannot_be_is_said(make: Any, message: str) -> None:
+def test_r28_absurd_loads_and_limits_are_named(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         make()
 

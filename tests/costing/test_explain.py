@@ -272,7 +272,7 @@ def test_options_that_would_be_ignored_are_refused(arguments: tuple[str, ...], m
     assert refused(*arguments) == f"error: {message}\n"
 
 
-def test_what_cannot_be_is_one_line() -> None:
+def test_r28_what_cannot_be_is_one_line() -> None:
     one = ("--from-stack", "vllm", "--to-stack", "vllm", "--from-parallel", "tp2", "--to-parallel", "tp2")
     assert refused("--model", MODEL, "--from", "h100") == (
         "error: to: expected --model, --from and --to, or --claim; got none\n"

@@ -55,7 +55,7 @@ REQUIRED = {
 @pytest.mark.parametrize(
     ("name", "index", "field"), [(*file, field) for file, fields in REQUIRED.items() for field in fields]
 )
-def test_a_missing_field_is_named(tmp_path: Path, name: str, index: int, field: str) -> None:
+def test_r28_a_missing_field_is_named(tmp_path: Path, name: str, index: int, field: str) -> None:
     path = write(tmp_path / "partial.json", changed(name, lambda raw: set_at(raw, field, ...), index))
     with pytest.raises(ValueError, match=rf"partial\.json.*\b{field.rsplit('/', 1)[-1]}\b") as caught:
         read_results(path)
@@ -134,7 +134,7 @@ CONTRADICTIONS = [
 
 
 @pytest.mark.parametrize(("name", "index", "field", "value"), CONTRADICTIONS)
-def test_figures_that_contradict_are_refused(tmp_path: Path, name: str, index: int, field: str, value: Any) -> None:
+def test_r28_figures_that_contradict_are_refused(tmp_path: Path, name: str, index: int, field: str, value: Any) -> None:
     path = write(tmp_path / "wrong.json", changed(name, lambda raw: set_at(raw, field, value), index))
     with pytest.raises(ValueError, match=r"wrong\.json") as caught:
         read_results(path)
@@ -223,7 +223,7 @@ def test_what_is_no_result_is_refused(tmp_path: Path, text: str, message: str) -
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in DATA.glob("*.json*")))
-def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path, name: str) -> None:
+def test_r28_a_file_cut_off_anywhere_is_refused(tmp_path: Path, name: str) -> None:
     whole = (DATA / name).read_bytes().rstrip()
     path = tmp_path / name
     lines = [index for index in range(len(whole)) if whole[index : index + 1] == b"\n"] if name.endswith("l") else []
@@ -316,7 +316,7 @@ def places(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in DATA.glob("*.json*")))
-def test_any_odd_value_anywhere_is_refused_in_a_line_or_harmless(name: str) -> None:
+def test_r28_any_odd_value_is_refused_in_a_line_or_harmless(name: str) -> None:
     """Never another error than one line, never a price that is 0, infinite or no number."""
     first, *more = documents(name)
     said, messages = Given(gpu="h200", num_gpus=8), list[str]()

@@ -186,7 +186,7 @@ def test_points_within_the_cut_are_the_same(wide: Scale) -> None:
         (lambda plan: search(plan, 2), "deepseek-v3: no point can be: memory: no batch fits"),
     ],
 )
-def test_refused(call: Any, message: str) -> None:
+def test_r28_absurd_searches_are_named(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(plan_of("deepseek-v3", ["h100"], ["vllm"]))
 
@@ -246,7 +246,7 @@ def test_command_prints_tables_and_document() -> None:
         (("--gpu", ""), "gpu: expected at least one"),
     ],
 )
-def test_bad_input_is_one_line(args: tuple[str, ...], message: str) -> None:
+def test_r28_bad_input_is_one_line(args: tuple[str, ...], message: str) -> None:
     result = run(*args)
     assert result.exit_code == 2
     assert message in result.output

@@ -330,7 +330,7 @@ def test_ids_must_name_prefixes() -> None:
         run(list(chunks_of(twice)), [Router("random", 1, 5)])
 
 
-def test_refused(tmp_path: Path) -> None:
+def test_r28_absurd_routers_are_named(tmp_path: Path) -> None:
     for change, words in (
         ({"policy": "best"}, "policy: expected one of random, .*; got 'best'"),
         ({"replicas": 0}, "replicas: expected 1 to 1024; got 0"),

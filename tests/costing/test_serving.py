@@ -195,7 +195,7 @@ def test_pools_are_in_balance_and_both_are_paid() -> None:
         (lambda: pool("decode", {DECODE: 0.0}), "gpu_s_of decode: expected a positive number; got 0"),
     ],
 )
-def test_bad_input_is_one_clear_line(make: Any, message: str) -> None:
+def test_r28_bad_input_is_one_clear_line(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)

@@ -229,7 +229,7 @@ def test_another_model_drafts_whole(published: PublishedData) -> None:
     ("drafts", "message"),
     [([], "drafts: expected at least one"), ([0], "drafts: expected a whole number from 1"), ([2, 2], "different")],
 )
-def test_refused_drafts(published: PublishedData, drafts: list[int], message: str) -> None:
+def test_r28_absurd_drafts_are_named(published: PublishedData, drafts: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         speculate(published, drafts)
 
@@ -279,7 +279,7 @@ def test_command_prints_table_and_document() -> None:
         (("--acceptance-rate", "0.5", "--gpu", ""), "gpu: expected at least one"),
     ],
 )
-def test_bad_input_is_one_line(args: tuple[str, ...], message: str) -> None:
+def test_r28_bad_input_is_one_line(args: tuple[str, ...], message: str) -> None:
     result = run(*args)
     assert result.exit_code == 2
     assert message in result.output

@@ -211,7 +211,9 @@ def test_workload(written: Callable[[str], Path]) -> None:
         (HEADER + stamp(1) + line(), "line 3: expected TIMESTAMP,ContextTokens,GeneratedTokens; got 5 fields"),
     ],
 )  # fmt: skip
-def test_refused_by_line_and_field(written: Callable[[str], Path], text: str, words: str) -> None:
+def test_r28_a_damaged_trace_is_refused_by_line_and_field(
+    written: Callable[[str], Path], text: str, words: str
+) -> None:
     path = written(text)
     with pytest.raises(ValueError, match=words) as caught:
         read_trace(path)

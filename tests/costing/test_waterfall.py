@@ -382,7 +382,7 @@ def test_orders_that_are_none(text: str, message: str) -> None:
         ({"acceptance_length": 1.5}, "acceptance_length: expected 1 to 1"),
     ],
 )
-def test_points_that_cannot_be(values: dict[str, float], message: str) -> None:
+def test_r28_absurd_points_are_named(values: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         replace(point(), **values)
 
