@@ -141,6 +141,7 @@ def bench_on_ray(
         each for each in summaries(store.records())
         if (each.point.op, each.point.formats, each.point.shape) in wanted
     ]  # fmt: skip
+    found.sort(key=lambda each: wanted.index((each.point.op, each.point.formats, each.point.shape)))  # not as they came
     title = f"{row.title}, {store.path}"
     show(as_json, lambda: [each.as_dict() for each in found], lambda: summaries_table(title, found))
     finish(len(swept.lost), len(swept.left))

@@ -4,6 +4,7 @@ happens."""
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,22 @@ from . import fleet_fakes
 _STORE_BYTES = 80 << 20
 _SOON = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 6}
 """A node that is killed counts as dead within seconds."""
+
+
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """What hangs fails."""
+
+    def fail(*_: Any) -> None:
+        raise TimeoutError(f"more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from tokenfab.bench.fleet_ray import _Label, _label, connect
 from tokenfab.bench.inspect import inspect
 from tokenfab.tests.bench import fleet_driver, fleet_fakes
 from tokenfab.tests.bench.fleet_cluster import cluster as start_cluster
+from tokenfab.tests.bench.fleet_cluster import within
 
 COUNT = 240
 WAIT_S = 90.0
@@ -72,7 +73,7 @@ def test_a_node_and_then_the_driver_are_killed_and_nothing_is_lost(
     def num_cached() -> int:
         return len(list(cache.glob("*.json")))
 
-    with start_cluster(tmp_path, {"num_cpus": 1}, {"num_cpus": 1}) as made:
+    with within(400), start_cluster(tmp_path, {"num_cpus": 1}, {"num_cpus": 1}) as made:
         first = drive(made.address, cache)
         try:
             wait_until(lambda: num_cached() >= 40 or first.poll() is not None, "40 points were kept")
