@@ -20,7 +20,7 @@ VERSION = next(
 )
 
 KERNELS = ["ml_dtypes>=0.5", "nvidia-ml-py>=12.560", "safetensors>=0.5", "torch>=2.11", "triton>=3.6"]
-RAY = ["ray>=2.40"]
+RAY = ["ray>=2.60"]
 TEST = [
     "basedpyright>=1.31",
     "hypothesis>=6.100",
