@@ -22,7 +22,7 @@ from tokenfab.bench.measurement import Settings
 from tokenfab.kernels.compile_point import CompilePoint
 
 FOLDER = "TOKENFAB_FLEET_FAKES"
-COMPILE_S = 0.05
+COMPILE_S = 0.08
 FAST = Settings(min_warm_up_s=0.5, max_warm_up_s=0.6, budget_s=0.5, max_ci=0.05, energy_s=None)
 
 

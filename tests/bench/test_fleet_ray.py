@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,8 +77,14 @@ def test_a_node_and_then_the_driver_are_killed_and_nothing_is_lost(
     with within(400), start_cluster(tmp_path, {"num_cpus": 1}, {"num_cpus": 1}) as made:
         first = drive(made.address, cache)
         try:
-            wait_until(lambda: num_cached() >= 40 or first.poll() is not None, "40 points were kept")
-            assert len({pid for _, pid in fleet_fakes.noted(log)}) == 2, "both nodes compile"
+            wait_until(
+                lambda: (
+                    (num_cached() >= 40 and len({pid for _, pid in fleet_fakes.noted(log)}) == 2)
+                    or first.poll() is not None
+                ),
+                "40 points were kept and both nodes compiled",
+            )
+            assert first.poll() is None, first.communicate()[1]
             made.remove_node(next(iter(made.worker_nodes)), allow_graceful=False)
             after_node = num_cached()
             wait_until(lambda: num_cached() >= after_node + 40 or first.poll() is not None, "the other node went on")
@@ -210,6 +217,17 @@ def test_without_the_extra_one_line_names_it(command: str, monkeypatch: pytest.M
 def test_jobs_are_rays_matter() -> None:
     result = CliRunner().invoke(cli, ["inspect", "quantize", "--ray", "auto", "--jobs", "3"])
     assert (result.exit_code, result.output[:13]) == (2, "error: jobs: ")
+
+
+def test_one_module_imports_ray() -> None:
+    root = Path(fleet_ray.__file__).parents[1]
+    found = {
+        str(path.relative_to(root))
+        for room in ("bench", "commands", "costing", "kernels")
+        for path in (root / room).rglob("*.py")
+        if re.search(r"^\s*(import|from) ray\b", path.read_text(), re.M)
+    }
+    assert found == {"bench/fleet_ray.py"}
 
 
 def test_no_cluster_at_an_address() -> None:

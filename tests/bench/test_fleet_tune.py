@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from tokenfab.bench import fleet_lab
+from click.testing import CliRunner, Result
+from tokenfab.__main__ import cli
+from tokenfab.bench import fleet_lab, fleet_ray, fleet_tune, targets, tune, tune_prune, tune_show
 from tokenfab.bench.case import Anchor
 from tokenfab.bench.fleet import AnchorTime, FleetError, GpuReport, SeatDied, fingerprint
 from tokenfab.bench.fleet_lab import run_lab
@@ -23,8 +29,10 @@ from tokenfab.bench.fleet_tune import tune_on
 from tokenfab.bench.gpus import get_gpu
 from tokenfab.bench.lab import Deadline
 from tokenfab.bench.lab_checks import MODEST_SHAPES, CheckFile
+from tokenfab.bench.peers import ANCHORS
 from tokenfab.bench.record import Record, encode, environment
 from tokenfab.bench.records import RecordStore
+from tokenfab.bench.targets import Target
 from tokenfab.bench.timing import measure
 from tokenfab.bench.tune import Trials, anchor_name, decide
 from tokenfab.bench.tune_prune import Pruned
@@ -50,6 +58,17 @@ class Gpus:
     faulty: set[str] = field(default_factory=set)
     busy: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    # as much of a cluster as the commands ask for
+
+    def gpu_models(self) -> dict[str, int]:
+        return {"h100": self.count} if self.count else {}
+
+    def num_cpus(self) -> int:
+        return 2
+
+    def spread(self, function: str, jobs: Any) -> Any:
+        raise AssertionError("nothing compiles here")
 
     def seats(
         self, gpu: str, actor: str, *arguments: Any, most: int | None = None, expected: int | None = None
@@ -234,6 +253,13 @@ def a_record(number: int, seat: GpuSeat) -> bytes:
     return pack(numbered(number, f"seat-{seat.number}"))
 
 
+STEP_LINE = {
+    "model": "m", "precision": "bf16", "batch": 16, "length": 1024, "layers": 2, "distinct_layers": 2, "whole_s": 1e-3,
+    "floor_s": 5e-4, "sum_s": None, "gap_s": None, "tokens_per_s_per_gpu": 16000.0, "omitted": [], "ops": [],
+    "invalid": [],
+}  # fmt: skip
+
+
 @dataclass
 class LabRun:
     folder: Path
@@ -264,7 +290,9 @@ class LabRun:
                 RECORD.point, op="decode_step", shape={"batch": work.batch, "length": work.length},
                 tile={"model": work.model}, kernel_hash="5" * 64,
             )  # fmt: skip
-            return Stepped((pack(msgspec.structs.replace(RECORD, point=point)),), (b'{"a": 1}',), ("told",))
+            return Stepped(
+                (pack(msgspec.structs.replace(RECORD, point=point)),), (json.dumps(STEP_LINE).encode(),), ("told",)
+            )
 
         return Gpus({
             "keys": keys, "measure": measured, "check": check, "step": step,
@@ -272,15 +300,14 @@ class LabRun:
             "step_version": lambda seat: ["5" * 64],
         })  # fmt: skip
 
-    def run(self, seconds: float = 1e6, **more: Any) -> tuple[Any, list[str]]:
-        from tokenfab.bench.peers import ANCHORS
-        from tokenfab.bench.targets import Target
+    def targets(self) -> list[Target]:
+        return [Target(ANCHORS[0], (("m", m), ("n", 64), ("k", 64)), ("somewhere",)) for m in range(1, 7)]
 
-        targets = [Target(ANCHORS[0], (("m", m), ("n", 64), ("k", 64)), ("somewhere",)) for m in range(1, 7)]
+    def run(self, seconds: float = 1e6, **more: Any) -> tuple[Any, list[str]]:
         steps, told = [StepWork("m", 16, 1024), StepWork("m", 1, 1024)], []
         with fleet_of(self.gpus()) as fleet:
             session = run_lab(
-                fleet, targets, steps, RecordStore(self.folder, "h100.jsonl"),
+                fleet, self.targets(), steps, RecordStore(self.folder, "h100.jsonl"),
                 CheckFile(self.folder / "checks.ndjson"), self.folder / "steps.ndjson",
                 Deadline(seconds, lambda: self.clock_s), kernels=self.kernels, tell=told.append, **more,
             )  # fmt: skip
@@ -328,3 +355,86 @@ def test_a_record_is_small_enough_for_a_message() -> None:
     line = msgspec.json.encode(many)
     assert len(line) > 100_000
     assert len(zlib.compress(line)) < 60_000
+
+
+# -- the commands ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
+    """A command with ``--ray auto`` on such a cluster."""
+
+    def run(gpus: Gpus, *arguments: str) -> Result:
+        @contextmanager
+        def connected(address: str) -> Iterator[Gpus]:
+            assert address == "auto"
+            yield gpus
+
+        monkeypatch.setattr(fleet_ray, "connect", connected)
+        return CliRunner().invoke(cli, [*arguments, "--ray", "auto", "--out", str(tmp_path)])
+
+    return run
+
+
+TUNE = ("tune", "gemm", "--format", "fp8_block", "--shape", "m=64,n=2112,k=7168", "--json")
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_prune, "prune", lambda target, row, **_: pruned())
+    monkeypatch.setattr(tune_show, "pruned_dict", lambda each: {"kernel": each.target.kernel.name})
+    monkeypatch.setattr(tune, "ROUNDS", ROUNDS)
+    monkeypatch.setattr(fleet_tune, "tune_on", partial(tune_on, rounds=ROUNDS))
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_tune_writes_the_table_and_says_the_gain(invoke: Callable[..., Result], tmp_path: Path) -> None:
+    result = invoke(Gpus({"measure_tile": Tiles(planted(TILES[11]))}), *TUNE)
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)["targets"]
+    assert row["adopted"] == dataclasses.asdict(TILES[11])
+    assert row["gain"] > 0.1
+    assert json.loads((tmp_path / "tuned-h100.json").read_text())
+    assert "pass 3 on 2 GPUs: 1/1" in result.stderr or "pass 3" not in result.stderr
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_tune_without_gpus_ends_with_the_floors(invoke: Callable[..., Result], tmp_path: Path) -> None:
+    result = invoke(Gpus(count=0), *TUNE, "--gpu", "h100")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["gpu"] == "h100"
+    assert not list(tmp_path.iterdir())
+    result = invoke(Gpus(count=0), *TUNE)
+    assert (result.exit_code, result.output.splitlines()[-1]) == (
+        2, "error: gpu: expected --gpu NAME, for a sweep is of one GPU model; the cluster has no GPU"
+    )  # fmt: skip
+    result = invoke(Gpus(), *TUNE, "--arch", "sm_100")
+    assert result.output.endswith("error: arch: expected sm_90, as h100 has; got sm_100\n")
+
+
+def test_the_lab_ends_with_its_summary_and_says_what_is_missing(
+    invoke: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = LabRun(tmp_path)
+    gpus = lab.gpus()
+    measure = gpus.answers["measure"]
+
+    def dying(seat: GpuSeat, point: Point, settings: Any) -> bytes:
+        if dict(point.fields)["m"] == 4:
+            raise SeatDied("killed")
+        return measure(seat, point, settings)
+
+    gpus.answers["measure"] = dying
+    monkeypatch.setattr(targets, "find_targets", lambda *_, **__: lab.targets())
+    monkeypatch.setattr(fleet_lab, "kernels_of", lambda gpu: lab.kernels)
+    result = invoke(gpus, "lab", "--model", "qwen3-30b-a3b", "--batch", "16", "--context", "1024", "--json")
+    assert result.exit_code == 1, result.output
+    assert json.loads(result.stdout)["gpu"] == "h100"
+    assert "sanitize: left out over a cluster" in result.stderr
+    assert "lost: gemm/bf16-bf16@torch.matmul died: killed" in result.stderr
+    assert "3 points took their workers down or raised, 0 were not begun" in result.stderr  # one in each pass
+    assert {name for name, _ in lab.calls} == {"check", "measure", "step"}
+    assert [item for name, item in lab.calls if name == "step"] == ["qwen3-30b-a3b 16 x 1024"]
+    found = [record.point for record in RecordStore(tmp_path, "h100.jsonl").records()]
+    kept = Counter(point.shape["m"] for point in found if point.op == "gemm")
+    assert kept == dict.fromkeys((1, 2, 3, 5, 6), 3)
