@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,23 +40,25 @@ def within(seconds: int) -> Iterator[None]:
 def cluster(folder: Path, *nodes: dict[str, Any]) -> Iterator[Any]:
     """Nodes as ``ray start`` would make them, the first the head; the workers find ``fleet_fakes``'s folder."""
     pytest.importorskip("ray", reason="needs the extra: pip install '.[ray]'")
-    own = {fleet_fakes.FOLDER: str(folder), "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    before = {name: os.environ.get(name) for name in own}
-    os.environ |= own
+    variables = {fleet_fakes.FOLDER: str(folder), "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables
     from ray.cluster_utils import Cluster
 
     made = None
+    # not below tmp_path: its sockets' names must be shorter than 108 bytes
+    temporary = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
     try:
         head, *others = ({"object_store_memory": _STORE_BYTES, **node} for node in nodes)
-        made = Cluster(
-            initialize_head=True, head_node_args={"include_dashboard": False, "_system_config": _SOON, **head}
-        )
+        own = {"include_dashboard": False, "temp_dir": temporary.name, "_system_config": _SOON}
+        made = Cluster(initialize_head=True, head_node_args={**own, **head})
         for node in others:
             made.add_node(**node)
         yield made
     finally:
         if made is not None:
             made.shutdown()
+        temporary.cleanup()
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
