@@ -211,8 +211,8 @@ def _one_rates(claim: Claim, prices: list[Price]) -> list[str]:
     lines = [
         f"{side.name}: "
         + (
-            f"$/M and tokens/s/MW both close from {span[0]:,.1f} to {span[1]:,.1f} tokens/s/GPU, which is {stated.text} "
-            f"to one digit"
+            f"$/M and tokens/s/MW both close from {span[0]:,.1f} to {span[1]:,.1f} tokens/s/GPU, which is "
+            f"{stated.text} to one digit"
             if span and stated.closes(span[0], 1) and stated.closes(span[1], 1)
             else f"no tokens/s/GPU near {stated.text} closes both $/M and tokens/s/MW"
         )
