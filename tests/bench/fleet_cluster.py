@@ -4,8 +4,10 @@ happens."""
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,10 +49,10 @@ def cluster(folder: Path, *nodes: dict[str, Any]) -> Iterator[Any]:
 
     made = None
     # not below tmp_path: its sockets' names must be shorter than 108 bytes
-    temporary = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix="ray-"))
     try:
         head, *others = ({"object_store_memory": _STORE_BYTES, **node} for node in nodes)
-        own = {"include_dashboard": False, "temp_dir": temporary.name, "_system_config": _SOON}
+        own = {"include_dashboard": False, "temp_dir": str(temporary), "_system_config": _SOON}
         made = Cluster(initialize_head=True, head_node_args={**own, **head})
         for node in others:
             made.add_node(**node)
@@ -58,9 +60,18 @@ def cluster(folder: Path, *nodes: dict[str, Any]) -> Iterator[Any]:
     finally:
         if made is not None:
             made.shutdown()
-        temporary.cleanup()
+        _remove(temporary)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _remove(folder: Path) -> None:
+    """Processes that are ending may still write."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
+        if not folder.exists():
+            return
