@@ -20,15 +20,18 @@ from typing import Any
 
 import torch
 
+from ..kernels.routing_reference import route_ref
 from .decode_step import build_step
 from .deployment import Deployment
 from .gpus import get_gpu
-from .model_config import DenseFfn, GqaAttention, Layer
+from .model_config import DenseFfn, GqaAttention, Layer, MoeFfn
 from .ranks_group import RankGroup
 from .ranks_ops import COMMUNICATION
 from .ranks_step import ManyRanks, build_rank_step, planned_communication
 from .step_cases import layer_tolerance
+from .step_layers import routing_of
 from .step_model import StepModel
+from .step_ops import StepOp
 from .step_reference import check_layers
 from .step_state import DecodeStep
 from .step_weights import RandomSource
@@ -37,6 +40,7 @@ LENGTHS = (0, 17, 40)
 """Cached tokens of the sequences: none, beyond a page, on several pages."""
 
 PAGE_SIZE = 16
+_TRIES, _NOISE = 32, 0.03
 _HIDDEN, _WIDTH, _CONTEXT = 128, 128, 128
 
 
@@ -115,11 +119,51 @@ def make_steps(group: RankGroup, model: StepModel, deployment: Deployment) -> tu
         model, deployment.precision, batch=len(LENGTHS), length=max(LENGTHS), device=group.device,
         source=RandomSource(0, group.device), seed=own, page_size=PAGE_SIZE, is_plain=True,
     )  # fmt: skip
-    tokens = torch.tensor([7, 0, 31]) + own
     for each in (step, one):
         each.seek(LENGTHS)
-        each.token_ids.copy_(tokens % model.config.vocab_size)
+    tokens = group.numbers(_clear_tokens(one, own))
+    mine = torch.tensor(tokens[group.rank if deployment.attention_dp > 1 else 0], dtype=torch.int64)
+    for each in (step, one):
+        each.token_ids.copy_(mine)
     return ranks, step, one
+
+
+def _clear_tokens(one: DecodeStep, seed: int) -> list[float]:
+    """Tokens whose experts one rank chooses clearly.
+
+    Rounding decides between experts that are as good as equal, and then a right step is far from another right one.
+
+    Raises:
+        ValueError: none found, which no random weights explain.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(_TRIES):
+        one.token_ids.copy_(torch.randint(one.model.config.vocab_size, (one.batch,), generator=generator))
+        clear: list[bool] = []
+
+        def look(op: StepOp, clear: list[bool] = clear) -> None:
+            if op.name == "router" and op.layer is not None:
+                clear.append(_is_clear(one, op.layer, op.outputs["y"].cpu().float()))
+
+        one.launch(look)
+        if all(clear):
+            return [float(token) for token in one.token_ids.tolist()]
+    raise ValueError(f"tokens: expected some whose experts are chosen clearly; got none in {_TRIES} tries")
+
+
+def _is_clear(one: DecodeStep, layer: int, logits: torch.Tensor) -> bool:
+    """Whether the choice stays under noise of ``_NOISE`` of the logits' size."""
+    ffn, bias = one.model.layers[layer].ffn, one.layers[layer].tensors.get("correction_bias")
+    assert isinstance(ffn, MoeFfn)
+    routing, bias = routing_of(ffn), None if bias is None else bias.cpu()
+    chosen = route_ref(logits, routing, bias)[0].sort(dim=1).values
+    generator = torch.Generator().manual_seed(layer)
+    size = _NOISE * logits.square().mean().sqrt()
+    for _ in range(_TRIES):
+        noisy = logits + size * torch.randn(logits.shape, generator=generator)
+        if not torch.equal(route_ref(noisy, routing, bias)[0].sort(dim=1).values, chosen):
+            return False
+    return True
 
 
 def check_ranks(group: RankGroup, model: StepModel, deployment: Deployment, parallel: str) -> RankCheck:

@@ -19,6 +19,7 @@ Units: seconds. Errors: ``ValueError`` naming a variable of the environment; ``R
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import threading
@@ -220,8 +221,9 @@ def joined(device: torch.device, *, timeout_s: float = TIMEOUT_S) -> Iterator[Ra
     group = RankGroup(here.rank, here.size, device, "nccl" if is_gpu else "gloo", timeout_s)
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), rank=here.rank, world_size=here.size)
-        group.store = dist.distributed_c10d._get_default_store()
-        group.store.set_timeout(timedelta(seconds=min(timeout_s, 10.0)))
+        # one of its own: what NCCL asks of the other may take as long as a rank takes to build its weights
+        group.store = dist.distributed_c10d._get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]
+        group.store.set_timeout(timedelta(seconds=_GRACE_S))
     except RuntimeError as error:
         first = str(error).strip().splitlines()[0]
         message = f"rank {here.rank}: expected {here.size} ranks within {timeout_s:g} s; {first}"
@@ -242,8 +244,9 @@ def joined(device: torch.device, *, timeout_s: float = TIMEOUT_S) -> Iterator[Ra
 
 
 def _leave(is_failed: bool, is_gpu: bool) -> None:
-    """Closes the connections. Of a failed rank with NCCL, whose work may never end, by ending the process soon after:
-    destroying the group would wait for it."""
+    """Closes the connections. A failed rank's work on a GPU may wait for others without end, and destroying the group
+    or leaving Python for it: so the process ends, by itself or, after a while, by force."""
     if is_failed and is_gpu:
+        faulthandler.dump_traceback_later(_GRACE_S, exit=True)
         return
     dist.destroy_process_group()

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from tokenfab.bench import ranks_ops, ranks_split
+from tokenfab.bench import ranks_split
 from tokenfab.bench.deployment import PRECISIONS, Deployment
 from tokenfab.bench.ranks_check import RankCheck, check_ranks
 from tokenfab.bench.ranks_group import RankGroup
@@ -19,6 +19,10 @@ from tokenfab.tests.bench.step_models import deepseek, gpt_oss, qwen
 
 _RIGHT_TENSOR = ranks_split.SplitSource.tensor
 SPLITS = {"dp2-ep2": (1, 2), "tp2": (2, 1), "tp2-ep2": (2, 2)}
+
+
+_LAYER = qwen(1).layers[0]
+ONE_KV_HEAD = replace(qwen(1), layers=(replace(_LAYER, attention=replace(_LAYER.attention, num_kv_heads=1)),))
 
 
 def deployed(split: str, precision: str) -> Deployment:
@@ -112,18 +116,6 @@ def logits_are_mixed_up(group: RankGroup) -> bool:
     return is_seen(group, "tp2", RankGroup, "all_gather", wrong)
 
 
-def weight_is_forgotten(group: RankGroup) -> bool:
-    """The routing weights of an exchange, in one of its ops."""
-    right = ranks_ops.route
-
-    def wrong(*args: Any, weights: torch.Tensor, **options: Any) -> Any:
-        made = right(*args, weights=weights, **options)
-        weights.fill_(1.0)
-        return made
-
-    return is_seen(group, "dp2-ep2", ranks_ops, "route", wrong)
-
-
 def cache_is_of_other_heads(group: RankGroup) -> bool:
     right = ranks_split.Split.heads_of
 
@@ -141,6 +133,7 @@ CASES: dict[str, Callable[[RankGroup], bool]] = {
     "tp2 deepseek bf16": partial(is_right, model=deepseek(), split="tp2", precision="bf16"),
     "tp2-ep2 deepseek fp8": partial(is_right, model=deepseek(None, "m"), split="tp2-ep2", precision="fp8"),
     "tp2-ep2 gpt-oss mxfp4": partial(is_right, model=gpt_oss(1), split="tp2-ep2", precision="mxfp4"),
+    "tp2, one KV head for both": partial(is_right, model=ONE_KV_HEAD, split="tp2", precision="bf16"),
     "seen: no sums": partial(is_seen, split="tp2", owner=RankGroup, name="all_reduce", value=_no_sum),
     "seen: weights of other experts": partial(
         is_seen, split="tp2-ep2", owner=ranks_split.SplitSource, name="tensor", value=_next_expert
@@ -161,6 +154,5 @@ CASES: dict[str, Callable[[RankGroup], bool]] = {
         is_seen, split="tp2", owner=ranks_split.Split, name="slice", value=_slice_with(_gate_up_as_one)
     ),
     "seen: logits mixed up": logits_are_mixed_up,
-    "seen: no routing weights": weight_is_forgotten,
     "refused: another rank's experts": refuses_wrong_experts,
 }

@@ -10,9 +10,10 @@ from tokenfab.tests.bench.ranks_launch import CHILD, torchrun
 
 NAMES = (
     "dp2-ep2 qwen bf16", "dp2-ep2 deepseek fp8", "dp2-ep2 gpt-oss mxfp4", "tp2 qwen bf16", "tp2 deepseek bf16",
-    "tp2-ep2 deepseek fp8", "tp2-ep2 gpt-oss mxfp4", "seen: no sums", "seen: weights of other experts",
+    "tp2-ep2 deepseek fp8", "tp2-ep2 gpt-oss mxfp4", "tp2, one KV head for both", "seen: no sums",
+    "seen: weights of other experts",
     "seen: keys of other heads", "seen: caches of other heads", "seen: a bias on every rank",
-    "seen: gate and up on a rank each", "seen: logits mixed up", "seen: no routing weights",
+    "seen: gate and up on a rank each", "seen: logits mixed up",
     "refused: another rank's experts",
 )  # fmt: skip
 
