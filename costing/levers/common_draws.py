@@ -54,12 +54,16 @@ class CommonDraws:
         return self._found[id(cost)][1]
 
     def _percentiles(self, cost: StepCost) -> Percentiles:
+        import numpy as np
+
         time_s: dict[tuple[str, str, tuple[Spread, ...]], float] = defaultdict(float)
         for error in op_errors(cost, self._data, self._calibration):
             time_s[error.cause, error.table, error.spreads] += error.timed.time_s
             if (error.cause, error.table, error.spreads) not in self._factors:
                 self._factors[error.cause, error.table, error.spreads] = self._draw(error)
-        total_s = sum(seconds * self._factors[key] for key, seconds in time_s.items())
+        total_s = np.zeros(self._samples)
+        for key, seconds in time_s.items():
+            total_s += seconds * self._factors[key]
         per_s = cost.price.usd_per_gpu_hour * 1e6 / (3600 * step_tokens(cost.step.deployment)[0])
         return percentiles(per_s * total_s)
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pages import opened
 from tokenfab.bench.published import MEASURED_HERE
 from tokenfab.bench.records import RecordStore
 from tokenfab.costing.report.cost_view import write_report
 from tokenfab.costing.study import run_study, study
 from tokenfab.tests.bench.recorded_points import recorded
-from tokenfab.tests.costing.test_report import HOSTILE, browser, opened
-
-__all__ = ["browser"]
+from tokenfab.tests.costing.test_report import HOSTILE
 
 # of Qwen3-30B-A3B on one GPU, at 64 and 128 sequences
 QKV = {"n": 5120, "k": 2048}
