@@ -269,7 +269,8 @@ def published_check(gpus: list[str], stacks: list[str], published_data: Path | N
 
 
 @published.command("op")
-@click.argument("kind", type=click.Choice(["gemm", "moe", "attention", "mla", "context_attention", "mla_context"]))
+@click.argument("kind", metavar="KIND",
+                type=click.Choice(["gemm", "moe", "attention", "mla", "context_attention", "mla_context"]))  # fmt: skip
 @click.argument("shape", nargs=-1, required=True)
 @gpu_option
 @stacks_option
@@ -279,6 +280,8 @@ def published_op(
     kind: str, shape: tuple[str, ...], gpu: str, stacks: list[str], published_data: Path | None, as_json: bool
 ) -> None:
     """The time of one op. SHAPE is a list of FIELD=VALUE; a missing or unknown field is named.
+
+    KIND: gemm, moe, attention, mla; of a prefill pass context_attention, mla_context.
 
     \b
     Examples:
