@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pace import slowness
 from tokenfab.costing.levers.intervals import interval
 from tokenfab.costing.study import price_step, study
 
@@ -18,4 +19,4 @@ def test_interval_of_100_000_samples(benchmark: Any, correlated: bool) -> None:
         interval, (cost,), {"samples": 100_000, "data": plan.data, "correlated": correlated}, rounds=3, warmup_rounds=1
     )
     assert found.samples == 100_000
-    assert benchmark.stats.stats.min <= 2.0
+    assert benchmark.stats.stats.min <= 2.0 * slowness()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pace import slowness
 from tokenfab.costing.workload.synthetic import synthetic_requests, write_mooncake
 
 REQUESTS = 1_000_000
@@ -59,6 +60,7 @@ def test_a_million_requests_in_60_s_and_1_gb(benchmark: Any, million: Path) -> N
     assert 0.3 < found["hit_rate"] < found["bound"] < 1
     assert found["imbalance"] < 1.1
     assert found["peak_bytes"] <= 1e9
-    assert found["cpu_s"] <= 60
+    most_s = 60 * slowness()
+    assert found["cpu_s"] <= most_s
     if found["wall_s"] < 1.1 * found["cpu_s"]:
-        assert found["wall_s"] <= 60
+        assert found["wall_s"] <= most_s

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import pytest
+from pace import slowness
 from tokenfab.costing.levers.parallelism import SCALE_BATCHES, Scale, search
 from tokenfab.costing.study import study
 from tokenfab.costing.sweep import DEFAULT_GPUS, DEFAULT_STACKS, best_points
@@ -33,5 +34,6 @@ def test_search_over_the_whole_field(benchmark: Any, model: str) -> None:
     found = benchmark.pedantic(whole, rounds=2, warmup_rounds=1)
     assert len(found.sweep.parallels) > 100
     assert len(found.points) > 20_000
-    assert min(cpu_s[1:]) <= AIM_S
-    assert benchmark.stats.stats.min <= 3 * AIM_S
+    slower = slowness()
+    assert min(cpu_s[1:]) <= AIM_S * slower
+    assert benchmark.stats.stats.min <= AIM_S * slower

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from pace import slowness
 from tokenfab.bench.record import encode
 from tokenfab.tests.bench.made_records import RECORD
 
@@ -24,7 +25,7 @@ def tokenfab(*args: str) -> None:
 @pytest.mark.benchmark(group="command")
 def test_models(benchmark: Any) -> None:
     benchmark.pedantic(tokenfab, ("models",), rounds=5, warmup_rounds=1)
-    assert benchmark.stats.stats.min <= 0.5
+    assert benchmark.stats.stats.min <= 0.5 * slowness()
 
 
 @pytest.mark.benchmark(group="command")
@@ -32,7 +33,7 @@ def test_cost_of_one_model_over_the_field(benchmark: Any) -> None:
     """6 GPUs x 3 stacks x 10 batches x 3 parallelisms."""
     args = ("cost", "deepseek-v3", "--gpu", GPUS, "--stack", STACKS, "--batch", BATCHES, "--parallel", PARALLELS)
     benchmark.pedantic(tokenfab, args, rounds=3, warmup_rounds=1)
-    assert benchmark.stats.stats.min <= 3.0
+    assert benchmark.stats.stats.min <= 3.0 * slowness()
 
 
 @pytest.fixture
@@ -49,11 +50,11 @@ def records(tmp_path: Path) -> Path:
 @pytest.mark.benchmark(group="command")
 def test_comparing_600_records(benchmark: Any, records: Path) -> None:
     benchmark.pedantic(tokenfab, ("compare", str(records), str(records)), rounds=3, warmup_rounds=1)
-    assert benchmark.stats.stats.min <= 2.0
+    assert benchmark.stats.stats.min <= 2.0 * slowness()
 
 
 @pytest.mark.benchmark(group="command")
 def test_listing_what_would_be_measured(benchmark: Any) -> None:
     args = ("bench", "gemm", "--list", "--gpu", "h100", "--model", "deepseek-v3,qwen3-30b-a3b,gpt-oss-120b")
     benchmark.pedantic(tokenfab, args, rounds=3, warmup_rounds=1)
-    assert benchmark.stats.stats.min <= 2.0
+    assert benchmark.stats.stats.min <= 2.0 * slowness()
