@@ -7,6 +7,10 @@ tensors does the same; ``tl.dot_scaled`` reads E4M3 scales (NVFP4) as E8M0. Inli
 ``install()`` gives casts and dots by way of ``ml_dtypes`` and NumPy, ``dot_scaled`` with every scale
 type, and the few PTX instructions this project uses. What is left wrong raises: arithmetic on BF16 or
 FP8 tensors, and PTX without an entry here.
+
+It also does once what the interpreter does over and over (patching the language in every call of a device
+function, spelling out a block's shape and type), and leaves out what it computes for nothing (whether an
+integer overflows, which it only looks at in debug mode). That took half of a kernel's time.
 """
 
 from __future__ import annotations
@@ -156,6 +160,80 @@ def _inline_asm(
     return _Results([TensorHandle(result.view(interpreter._get_np_dtype(types[0])), types[0].scalar)])
 
 
+# -- pace ----------------------------------------------------------------------------------------
+
+_NP_DTYPES: dict[str, Any] = {}
+
+
+def _np_dtype(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``_get_np_dtype`` builds its table of types in every call; types are told apart by their names."""
+
+    def found(dtype: Any) -> Any:
+        if dtype.name not in _NP_DTYPES:
+            _NP_DTYPES[dtype.name] = original(dtype)
+        return _NP_DTYPES[dtype.name]
+
+    return found
+
+
+class _PatchedOnce:
+    """``_patch_lang``, which device functions call too, once for each launch and module of the language."""
+
+    def __init__(self, original: Callable[[Any], Any]) -> None:
+        self.original = original
+        self.patched: set[int] = set()
+        self.visible: dict[Any, set[int]] = {}
+
+    def __call__(self, fn: Any) -> Any:
+        if fn not in self.visible:
+            self.visible[fn] = {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
+        visible = self.visible[fn]
+        if visible and visible <= self.patched:
+            return interpreter._LangPatchScope()
+        is_outermost = not self.patched
+        scope = self.original(fn)
+        self.patched |= visible
+        if is_outermost:
+            restore = scope.restore
+
+            def restored() -> None:
+                self.patched.clear()
+                restore()
+
+            scope.restore = restored
+        return scope
+
+
+def _known_blocks(original: Callable[..., None]) -> Callable[..., None]:
+    """``block_type.__init__``, which checks and spells a shape out, once for each type and shape."""
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def init(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *(getattr(size, "value", size) for size in shape))
+        if key not in known:
+            original(self, element_ty, shape)
+            known[key] = dict(vars(self))
+        else:
+            vars(self).update(known[key])
+
+    return init
+
+
+def _known_tensors(original: Callable[..., None]) -> Callable[..., None]:
+    """``tensor.__init__``, which wraps every size of a shape anew, once for each block type."""
+    known: dict[str, dict[str, Any]] = {}
+
+    def init(self: Any, handle: Any, type: Any) -> None:
+        name = type.name if type.is_block() else ""
+        if name not in known:
+            original(self, handle, type)
+            known[name] = {key: value for key, value in vars(self).items() if key not in ("handle", "type", "dtype")}
+        else:
+            vars(self).update(known[name], handle=handle, type=type, dtype=type.scalar)
+
+    return init
+
+
 @cache
 def install() -> None:
     """Put the repairs in place, once and for this process."""
@@ -175,6 +253,13 @@ def install() -> None:
 
     builder.binary_op = binary_op
     semantic: Any = type(interpreter.interpreter_semantic)
+    semantic.binary_op_sanitize_overflow_impl = lambda *_: None
+    internals: Any = interpreter
+    internals._get_np_dtype = _np_dtype(interpreter._get_np_dtype)
+    core: Any = tl.core
+    core.block_type.__init__ = _known_blocks(core.block_type.__init__)
+    core.tensor.__init__ = _known_tensors(core.tensor.__init__)
+    internals._patch_lang = _PatchedOnce(interpreter._patch_lang)
     dot_scaled = semantic.dot_scaled
 
     def with_constant_formats(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -160,3 +160,47 @@ def test_what_is_not_repaired_raises() -> None:
         with pytest.raises(Exception) as caught:  # noqa: PT011
             launch()
         assert reason in f"{caught.value} {caught.value.__cause__}"
+
+
+@triton.jit
+def _twice(x, SHOULD_RAISE: tl.constexpr):
+    if SHOULD_RAISE:
+        tl.static_assert(False, "as asked")
+    return x + x
+
+
+@triton.jit
+def _nested_kernel(x_ptr, y_ptr, N: tl.constexpr, SHOULD_RAISE: tl.constexpr):
+    offs = tl.arange(0, N)
+    narrow = tl.load(x_ptr + offs)  # int8, then int32 and float32 of the same shape
+    wide = _twice(narrow.to(tl.int32), SHOULD_RAISE)
+    tl.store(y_ptr + offs, _twice(wide.to(tl.float32) / 8, SHOULD_RAISE) + tl.sum(wide, axis=0))
+
+
+def test_a_launch_leaves_the_language_as_it_was() -> None:
+    """Also one that raises; device functions find it patched, and types of one shape are told apart."""
+    before = {name: getattr(tl, name) for name in ("arange", "load", "store", "static_assert", "range")}
+    x, y = torch.arange(100, 116, dtype=torch.int8), torch.empty(16)
+    for should_raise in (False, True, False):
+        y.zero_()
+        if should_raise:
+            with pytest.raises(Exception, match="as asked"):
+                _nested_kernel[(1,)](x, y, 16, should_raise)
+        else:
+            _nested_kernel[(1,)](x, y, 16, should_raise)
+            assert torch.equal(y, x.float() / 2 + 2 * x.sum())  # 2 x 115 does not fit into int8
+        assert {name: getattr(tl, name) for name in before} == before
+
+
+def test_a_launch_patches_each_module_of_the_language_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import interpreter
+
+    once: Any = interpreter._patch_lang
+    patched = []
+    monkeypatch.setattr(
+        once, "original", lambda fn, original=once.original: patched.append(fn.__name__) or original(fn)
+    )
+    x, y = torch.arange(16, dtype=torch.int8), torch.empty(16)
+    for launches in (1, 2):
+        _nested_kernel[(1,)](x, y, 16, False)
+        assert patched == launches * ["_nested_kernel", "sum"]  # Triton's own functions name tl.core
