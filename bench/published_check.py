@@ -8,9 +8,9 @@ one a real query meets, so the error is an upper estimate. Where an axis is dens
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -119,9 +119,8 @@ def grids(
 
 def floors(grid: Grid, query: Query, near: tuple[float, ...], gpu: Gpu) -> np.ndarray:
     """The roofline floor of every cell."""
-    cells = itertools.product(*(axis.tolist() for axis in grid.axes))
-    floors = [query.at(near, cell).floor_s(gpu) for cell in cells]
-    return np.array(floors).reshape(grid.time_s.shape)
+    sizes: tuple[Any, ...] = tuple(np.meshgrid(*grid.axes, indexing="ij"))  # ops take arrays too
+    return np.broadcast_to(query.at(near, sizes).floor_s(gpu), grid.time_s.shape)
 
 
 def _held_out(grid: Grid, floor_s: np.ndarray, axis: int) -> np.ndarray:
