@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..kernels.compile_point import CompilePoint
+from ..kernels.compile_point import CompilePoint, tasks_of
 from .gpus import Gpu
 from .inspect_cache import Cache, cache_folder, toolchain
-from .inspect_child import ARCHS, Children
+from .inspect_child import ARCHS, CHILD_TIMEOUT_S, Children
 from .sass import WARP_SIZE, Loop, hot_loop
 from .sm_limits import SM_CLOCKS, Occupancy, issue_rate, occupancy
 
@@ -290,7 +290,7 @@ def inspect(
     archs: Sequence[str] = tuple(ARCHS),
     *,
     jobs: int | None = None,
-    timeout_s: float = 300.0,
+    timeout_s: float = CHILD_TIMEOUT_S,
     compile_all: Compile | None = None,
     use_cache: bool = True,
     cache_dir: Path | None = None,
@@ -311,7 +311,7 @@ def inspect(
     for arch in archs:
         if arch not in ARCHS:
             raise ValueError(f"archs: expected some of {', '.join(ARCHS)}; got {arch!r}")
-    tasks = [(point, arch) for point in points for arch in archs if not point.archs or arch in point.archs]
+    tasks = tasks_of(points, archs)
     if len({(point.name, arch) for point, arch in tasks}) < len(tasks):
         names = [f"{point.name} on {arch}" for point, arch in tasks]
         raise ValueError(f"points: expected names once; got {max(names, key=names.count)} twice")

@@ -40,6 +40,7 @@ from . import sass, tool_logs
 
 ARCHS = {"sm_90": 90, "sm_100": 100, "sm_103": 103, "sm_120": 120}
 TEXT_LIMIT = 2000
+CHILD_TIMEOUT_S = 300.0
 _DIAGNOSIS = re.compile(r"Assertion|\berror:|fatal|LLVM ERROR|Fatal Python error|terminate called", re.IGNORECASE)
 
 CHILD_ENVIRONMENT = {
@@ -106,20 +107,31 @@ def _value(value: Any) -> Any:
     return getattr(tl, value[3:]) if isinstance(value, str) and value.startswith("tl.") else value
 
 
+def jit_function(module: str, name: str) -> Any:
+    """The ``JITFunction`` of that name, without the decorators around it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    from triton import JITFunction
+
+    function = getattr(_load(module), name)
+    while not isinstance(function, JITFunction) and hasattr(function, "fn"):
+        function = function.fn  # autotune, heuristics
+    if not isinstance(function, JITFunction):
+        raise ValueError(f"function: expected a @triton.jit function; got {type(function).__name__}")
+    return function
+
+
 def _source(job: dict[str, Any]) -> Any:
     """The job as Triton's source object.
 
     Raises:
         ValueError: the signature does not fit the function.
     """
-    from triton import JITFunction
     from triton.compiler import ASTSource
 
-    function = getattr(_load(job["module"]), job["function"])
-    while not isinstance(function, JITFunction) and hasattr(function, "fn"):
-        function = function.fn  # autotune, heuristics
-    if not isinstance(function, JITFunction):
-        raise ValueError(f"function: expected a @triton.jit function; got {type(function).__name__}")
+    function = jit_function(job["module"], job["function"])
     names, signature = function.arg_names, job["signature"]
     if set(names) != set(signature):
         raise ValueError(f"signature: expected arguments {', '.join(names)}; got {', '.join(signature)}")
@@ -240,6 +252,22 @@ def main() -> None:
 # ---- the parent's end ------------------------------------------------------------------------------------
 
 
+def child_environment(folder: str) -> dict[str, str]:
+    """This process's environment as a child's must be; its files go to ``folder``."""
+    changed = {
+        **CHILD_ENVIRONMENT,
+        "PYTHONPATH": os.pathsep.join(os.path.abspath(each) for each in sys.path if os.path.exists(each or ".")),
+        "TMPDIR": folder,
+        "TRITON_CACHE_DIR": os.path.join(folder, "triton"),
+    }
+    return {name: value for name, value in {**os.environ, **changed}.items() if value is not None}
+
+
+def child_command(module: str, *arguments: str) -> list[str]:
+    """A module of this folder as a process. -P: the working directory is never searched for modules."""
+    return [sys.executable, "-P", "-X", "faulthandler", "-m", f"{__package__}.{module}", *arguments]
+
+
 class Child:
     """A compiling process. ``ask`` answers every job with a dict, whatever becomes of the process."""
 
@@ -247,19 +275,10 @@ class Child:
         self.module = module
         self._folder = tempfile.mkdtemp(prefix="tokenfab-inspect-")
         self._stderr = Path(self._folder, "stderr")
-        changed = {
-            **CHILD_ENVIRONMENT,
-            "PYTHONPATH": os.pathsep.join(os.path.abspath(each) for each in sys.path if os.path.exists(each or ".")),
-            "TMPDIR": self._folder,
-            "TRITON_CACHE_DIR": os.path.join(self._folder, "triton"),
-        }
-        environment = {name: value for name, value in {**os.environ, **changed}.items() if value is not None}
-        # -P: the working directory is never searched for modules
-        command = [sys.executable, "-P", "-X", "faulthandler", "-m", f"{__package__}.inspect_child", self._folder]
         with self._stderr.open("wb") as stderr:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
-                cwd=self._folder, env=environment, start_new_session=True,
+                child_command("inspect_child", self._folder), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=stderr, cwd=self._folder, env=child_environment(self._folder), start_new_session=True,
             )  # fmt: skip
 
     @property

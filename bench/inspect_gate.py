@@ -4,6 +4,9 @@ A kernel fails that spills more, has lost a kind of matrix instruction (FP8 that
 instructions per value in its hot loop or has a higher floor on a GPU, by more than ``MAX_GROWTH``, or no longer
 compiles. What cannot be set beside the baseline is ``inconclusive``: another Triton, a point that one side lacks.
 
+The baseline holds a digest of what each point was compiled from (``inspect_keys``): while that is the same, so are its
+facts, and ``unchanged`` tells which points need no compiling.
+
 Facts are those of ``inspect``; the baseline is JSON, one file per release of Triton, since each compiles differently.
 
 Errors: ``BaselineError`` naming the file.
@@ -22,9 +25,11 @@ from typing import Annotated, Any
 
 import msgspec
 
+from ..kernels.compile_point import Task
 from .gate import Result
 from .gpus import Gpu, get_gpu
 from .inspect import Inspection, floors
+from .inspect_keys import Digests, digests
 
 SCHEMA_VERSION = 1
 MAX_GROWTH = 0.05
@@ -49,6 +54,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         instructions_per_value: None where they cannot be counted.
         floor_s: GPU to the largest floor, in seconds per value. bound_by: which that is.
         findings: what inspection found wrong, its kinds.
+        digest: of what it was compiled from; "" where that is unknown.
     """
 
     registers: Count
@@ -60,6 +66,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     floor_s: dict[str, Positive]
     bound_by: dict[str, str]
     findings: tuple[str, ...] = ()
+    digest: str = ""
 
 
 class Baseline(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,7 +92,7 @@ def instruction_kind(name: str) -> str:
     return ".".join(parts)
 
 
-def facts_of(inspection: Inspection, gpus: Sequence[Gpu] | None = None) -> Facts | None:
+def facts_of(inspection: Inspection, gpus: Sequence[Gpu] | None = None, digest: str = "") -> Facts | None:
     """The facts of an inspection; None where it did not compile."""
     compiled = inspection.compiled
     if compiled is None:
@@ -105,13 +112,31 @@ def facts_of(inspection: Inspection, gpus: Sequence[Gpu] | None = None) -> Facts
         floor_s={each.gpu: max(each.bytes_s, each.matrix_s, each.issue_s or 0.0) for each in found},
         bound_by={each.gpu: each.binds for each in found},
         findings=tuple(sorted({finding.kind for finding in inspection.findings})),
+        digest=digest,
     )
 
 
+def unchanged(baseline: Baseline, toolchain: dict[str, str], tasks: Iterable[Task]) -> dict[tuple[str, str], Facts]:
+    """(a point's name, architecture) to its facts, of those that would be compiled from what the baseline's were.
+
+    Raises:
+        RuntimeError: as ``inspect_keys.digests``.
+    """
+    if baseline.toolchain != toolchain:
+        return {}
+    found = {}
+    for (name, arch), digest in digests(tasks).items():
+        facts = baseline.points.get(_plain_name(name, arch))
+        if facts is not None and facts.digest == digest:
+            found[name, arch] = facts
+    return found
+
+
 def baseline_of(
-    inspections: Iterable[Inspection], toolchain: dict[str, str], known: Baseline | None = None
-) -> Baseline:
-    """A baseline of these, in place of those of ``known``, whose others stay.
+    inspections: Iterable[Inspection], toolchain: dict[str, str], known: Baseline | None = None,
+    made: Digests | None = None,
+) -> Baseline:  # fmt: skip
+    """A baseline of these, in place of those of ``known``, whose others stay; ``made``: of what.
 
     Raises:
         ValueError: one did not compile, or ``known`` is of another toolchain.
@@ -120,7 +145,7 @@ def baseline_of(
         raise ValueError(f"toolchain: expected the baseline's, {known.toolchain}; got {toolchain}")
     fresh: dict[str, Facts] = {}
     for each in inspections:
-        facts = facts_of(each)
+        facts = facts_of(each, digest=(made or {}).get((each.point.name, each.arch), ""))
         if facts is None:
             raise ValueError(f"{_name(each)}: expected what compiles; got {each.findings[0].text}")
         if _name(each) in fresh:
@@ -130,27 +155,32 @@ def baseline_of(
     return Baseline(schema_version=SCHEMA_VERSION, toolchain=toolchain, points=points)
 
 
-def _name(inspection: Inspection) -> str:
+def _plain_name(name: str, arch: str) -> str:
     """The point without its tile, which may be edited: "gemm/mxfp4-bf16/m16@sm_90" of ".../m16-16x256"."""
-    return re.sub(r"-\d+(x\d+)?(?=/|$)", "", inspection.point.name) + f"@{inspection.arch}"
+    return re.sub(r"-\d+(x\d+)?(?=/|$)", "", name) + f"@{arch}"
+
+
+def _name(inspection: Inspection) -> str:
+    return _plain_name(inspection.point.name, inspection.arch)
 
 
 def judge_inspections(
     baseline: Baseline, inspections: Iterable[Inspection], toolchain: dict[str, str], *, whole: Sequence[str] = (),
-    max_growth: float = MAX_GROWTH,
+    same: Iterable[tuple[str, str]] = (), max_growth: float = MAX_GROWTH,
 ) -> list[InspectRow]:  # fmt: skip
     """What changed against ``baseline``, worst first; nothing where nothing did.
 
     Args:
         whole: architectures of which ``inspections`` are all there are, so that a point of theirs that only the
             baseline has is missing.
+        same: (name, architecture) of points that were not inspected, being ``unchanged``.
     """
     if baseline.toolchain != toolchain:
         got = "; ".join(f"{name} {text!r}, {baseline.toolchain.get(name)!r} in the baseline"
                         for name, text in toolchain.items() if baseline.toolchain.get(name) != text)  # fmt: skip
         return [InspectRow("toolchain", "inconclusive", f"expected the baseline's; got {got or 'fewer tools'}")]
     rows: list[InspectRow] = []
-    seen = set()
+    seen = {_plain_name(*each) for each in same}
     for each in inspections:
         name = _name(each)
         seen.add(name)
@@ -216,10 +246,11 @@ def verdict(rows: Iterable[InspectRow]) -> Result:
     return "fail" if "fail" in words else "inconclusive" if "inconclusive" in words else "pass"
 
 
-def lines(rows: Sequence[InspectRow], num_points: int) -> list[str]:
+def lines(rows: Sequence[InspectRow], num_points: int, num_same: int = 0) -> list[str]:
     """Every row, and the verdict in one line."""
     listed = [f"{row.result}: {row.name}: {row.reason}" for row in rows]
-    return [*listed, f"gate: {verdict(rows)}, {num_points} points inspected"]
+    same = f", {num_same} made from what the baseline's were" if num_same else ""
+    return [*listed, f"gate: {verdict(rows)}, {num_points} points inspected{same}"]
 
 
 # -- files -----------------------------------------------------------------------------------------

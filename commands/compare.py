@@ -196,11 +196,12 @@ def _run_pass(arguments: list[str]) -> None:
 @comma("--arch", "archs", "Of sm_90, sm_100, sm_103, sm_120.", default="sm_90,sm_100,sm_120", show_default=True)
 @_percent("--max-growth", 5.0, "Of instructions per value, and of the floor that binds.")
 @click.option("--write", is_flag=True, help="Write the baseline instead; of --op or --format, replace only these.")
+@click.option("--changed", is_flag=True, help="Compile only what BASELINE's points were not made from.")
 @click.option("--jobs", type=click.IntRange(1), help="Compilations at a time; by default one per core.")
 @json_option
 def inspection(
     baseline: Path | None, op: str | None, formats: list[str] | None, archs: list[str], max_growth: float, write: bool,
-    jobs: int | None, as_json: bool,
+    changed: bool, jobs: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Compile every kernel ahead of time and hold it against BASELINE; needs Triton, but no GPU.
 
@@ -212,6 +213,7 @@ def inspection(
     Examples:
       tokenfab gate inspection
       tokenfab gate inspection --op gemm --format fp8_block --arch sm_90
+      tokenfab gate inspection --changed
       tokenfab gate inspection my-baseline.json --write
     """
     from ..bench.gate import EXIT_CODES
@@ -225,11 +227,16 @@ def inspection(
         judge_inspections,
         lines,
         read_baseline,
+        unchanged,
         verdict,
         write_baseline,
     )  # fmt: skip
+    from ..bench.inspect_keys import digests
+    from ..kernels.compile_point import only, tasks_of
     from ..kernels.registry import find_points
 
+    if write and changed:
+        raise click.UsageError("--changed: expected without --write, which compiles all that it writes")
     points = find_points(op, formats)
     try:
         tools = toolchain()
@@ -242,24 +249,31 @@ def inspection(
         known = None if write and (is_whole or not path.exists()) else read_baseline(path)
     except BaselineError as error:
         known, rows = None, [InspectRow("baseline", "inconclusive", str(error))]
-    found = []
+    found, same = [], {}
     if not rows:
+        tasks = tasks_of(points, archs)
+        same = unchanged(known, tools, tasks) if changed and known else {}
         with Progress("compiling", quiet=as_json) as progress:
             found = inspect_points(
-                points, archs, jobs=jobs,
+                only((point, arch) for point, arch in tasks if (point.name, arch) not in same), archs, jobs=jobs,
                 progress=lambda done, total, each: progress.update(done, total, each.point.name),
             )  # fmt: skip
         if write:
-            write_baseline(path, baseline_of(found, tools, known))
+            write_baseline(path, baseline_of(found, tools, known, digests(tasks)))
             click.echo(f"baseline: {path}, {len(found)} points written", err=as_json)
             return
         assert known is not None
-        rows = judge_inspections(known, found, tools, whole=archs if is_whole else (), max_growth=max_growth / 100)
+        rows = judge_inspections(
+            known, found, tools, whole=archs if is_whole else (), same=same, max_growth=max_growth / 100
+        )
     if as_json:
         print_json(
-            {"schema_version": 1, "baseline": str(path), "points": len(found), "rows": [vars(row) for row in rows]}
-        )
+            {
+                "schema_version": 1, "baseline": str(path), "points": len(found), "unchanged": len(same),
+                "rows": [vars(row) for row in rows],
+            }
+        )  # fmt: skip
     else:
-        for line in lines(rows, len(found)):
+        for line in lines(rows, len(found), len(same)):
             click.echo(line)
     raise click.exceptions.Exit(EXIT_CODES[verdict(rows)])

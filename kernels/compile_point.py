@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .formats import MATRIX_RATES
@@ -105,3 +106,17 @@ class CompilePoint:
             "num_stages": self.num_stages,
             "options": dict(self.options),
         }
+
+
+Task = tuple[CompilePoint, str]
+"""A point and the architecture that it is compiled for."""
+
+
+def tasks_of(points: Iterable[CompilePoint], archs: Sequence[str]) -> list[Task]:
+    """Every point on every one of ``archs`` that it is for."""
+    return [(point, arch) for point in points for arch in archs if not point.archs or arch in point.archs]
+
+
+def only(tasks: Iterable[Task]) -> list[CompilePoint]:
+    """Points that are for the architectures of ``tasks`` alone."""
+    return [replace(point, archs=(arch,)) for point, arch in tasks]

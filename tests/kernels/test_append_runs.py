@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from compiled import compiled
 from recorder import Recorder
-from tokenfab.bench.inspect import inspect
 from tokenfab.kernels import kv_append, mla_append
 from tokenfab.kernels.append_points import COMPILED_ARCHS, MLA_WIDTHS, append_points, append_work
 from tokenfab.kernels.append_runs import KvAppend, MlaAppend, grid_matrix, make_cos_sin
@@ -129,9 +129,9 @@ def test_squares_of_the_grid_sum_exactly() -> None:
 
 
 def test_r18_all_points_compile_without_spills() -> None:
-    found = inspect(POINTS, archs=COMPILED_ARCHS)
-    assert not [(i.point.name, i.arch, f.kind, f.text) for i in found for f in i.findings]
-    assert all(i.compiled is not None and i.compiled.spill_bytes == 0 and not i.compiled.matrix for i in found)
+    found = compiled(POINTS, COMPILED_ARCHS)
+    assert not [each for each in found if each.problems]
+    assert all(each.facts.spill_bytes == 0 and not each.facts.matrix for each in found)
     assert len(found) == len(POINTS) * len(COMPILED_ARCHS) <= 60
 
 

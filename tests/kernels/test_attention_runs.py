@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenfab.bench.inspect import inspect
+from compiled import compiled
 from tokenfab.bench.ops import PagedAttention
 from tokenfab.kernels.attention_points import MAX_INSTRUCTIONS, attention_points, plan_points
 from tokenfab.kernels.reference import error
@@ -55,11 +55,10 @@ def test_work_is_what_the_decode_plan_counts(kernel: Kernel) -> None:
 
 def test_r18_points_of_every_tile_compile_as_they_say() -> None:
     """No spills; the matrix instruction that a format and an architecture should have; the price of a value."""
-    found = inspect([*attention_points(), *plan_points()])
-    problems = [(i.point.name, i.arch, f.kind, f.text) for i in found for f in i.findings]
-    assert not problems
-    assert all(i.compiled is not None and i.compiled.spill_bytes == 0 for i in found)
-    prices = {(i.point.name, i.arch): i.compiled.instructions_per_value for i in found if i.compiled}
+    found = compiled([*attention_points(), *plan_points()])
+    assert not [each for each in found if each.problems]
+    assert all(each.facts.spill_bytes == 0 for each in found)
+    prices = {(each.name, each.arch): each.facts.instructions_per_value for each in found}
     for format, price in (("fp8", 1.65), ("fp8_row", 2.46), ("bf16", 3.43), ("mxfp4", 4.74), ("nvfp4", 4.83)):
         rows = {"fp8": "r8-8", "fp8_row": "r8-8", "bf16": "r16-16"}.get(format, "rany-16")
         assert prices[f"attention/{format}-bf16/d128-{rows}/p64", "sm_90"] == pytest.approx(price, rel=0.06)

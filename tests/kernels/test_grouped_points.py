@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from tokenfab.bench.inspect import inspect
+from compiled import compiled
 from tokenfab.kernels.grouped_experts import KERNEL_OF
 from tokenfab.kernels.grouped_points import MODES, grouped_points
 
 
 def test_r18_every_tile_compiles_as_it_says() -> None:
-    found = inspect(grouped_points())
-    assert [(i.point.name, i.arch, f.kind, f.text) for i in found for f in i.findings] == []
-    assert all(i.compiled is not None and i.compiled.spill_bytes == 0 for i in found)
+    found = compiled(grouped_points())
+    assert [each for each in found if each.problems] == []
+    assert all(each.facts.spill_bytes == 0 for each in found)
     limits = {"bf16": 2.5, "fp8_row": 2.0, "fp8_group": 2.0}
     judged = 0
     for each in found:
-        _, formats, mode, size = each.point.name.split("/")[:4]
+        _, formats, mode, size = each.name.split("/")[:4]
         weight, activation = formats.split("-")
         is_decoded = weight in ("mxfp4", "nvfp4") and activation in limits
         if is_decoded and mode in MODES and size == "m16-16x256" and each.arch == "sm_90":
-            assert each.compiled is not None
-            assert each.compiled.instructions_per_value is not None
-            assert each.compiled.instructions_per_value <= limits[activation]
+            assert each.facts.instructions_per_value is not None
+            assert each.facts.instructions_per_value <= limits[activation]
             judged += 1
     assert judged == 2 * 3 + 2 * 6  # two formats of W4A16; W4A8 with bases per row and per 128
 

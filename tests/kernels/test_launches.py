@@ -1,6 +1,6 @@
-"""What the wrappers launch is what compiles: every kernel through Triton's own launcher, for an absent Hopper GPU.
+"""What the wrappers launch, Triton accepts: every kernel through its own launcher, for an absent Hopper GPU.
 
-The script takes any architecture; the tiles of the others are compiled by ``test_matmul_points.py`` and its like.
+The script takes any architecture; code is compiled for all of them by ``test_matmul_points.py`` and its like.
 """
 
 from __future__ import annotations

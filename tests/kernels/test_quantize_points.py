@@ -7,8 +7,8 @@ import inspect as python
 
 import pytest
 import torch
+from compiled import compiled
 from recorder import Recorder
-from tokenfab.bench.inspect import inspect
 from tokenfab.kernels.compile_point import CONSTEXPR, CompilePoint
 from tokenfab.kernels.fused_quantize import rms_norm_quantize, swiglu_quantize
 from tokenfab.kernels.quantize import quantize_activation
@@ -19,10 +19,10 @@ TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", t
 
 
 def test_r18_every_point_compiles_without_spills() -> None:
-    found = inspect(POINTS, archs=COMPILED_ARCHS)
-    assert not [(i.point.name, i.arch, f.kind, f.text) for i in found for f in i.findings]
-    assert all(i.compiled is not None and i.compiled.spill_bytes == 0 and not i.compiled.matrix for i in found)
-    assert all(i.compiled is not None and (i.compiled.instructions_per_value or 0) > 1 for i in found)
+    found = compiled(POINTS, COMPILED_ARCHS)
+    assert not [each for each in found if each.problems]
+    assert all(each.facts.spill_bytes == 0 and not each.facts.matrix for each in found)
+    assert all((each.facts.instructions_per_value or 0) > 1 for each in found)
     assert len(found) <= 60
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect as python
 
-from tokenfab.bench.inspect import inspect
+from compiled import compiled
 from tokenfab.kernels.routing_points import routing_points
 
 ARCHS = ("sm_90", "sm_100", "sm_120")
@@ -13,10 +13,10 @@ ARCHS = ("sm_90", "sm_100", "sm_120")
 
 def test_r18_every_point_compiles_without_spills() -> None:
     points = routing_points()
-    found = inspect(points, archs=ARCHS)
-    assert not [(i.point.name, i.arch, f.kind, f.text) for i in found for f in i.findings]
+    found = compiled(points, ARCHS)
+    assert not [each for each in found if each.problems]
     assert len(found) == len(points) * len(ARCHS)
-    assert all(i.compiled is not None and i.compiled.spill_bytes == 0 and not i.compiled.matrix for i in found)
+    assert all(each.facts.spill_bytes == 0 and not each.facts.matrix for each in found)
 
 
 def test_every_kernel_has_a_point_with_its_arguments() -> None:
