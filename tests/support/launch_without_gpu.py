@@ -1,8 +1,9 @@
-"""Kernels launched through their wrappers as on a GPU, up to and with compilation, on a machine without one.
+"""Kernels launched through their wrappers as on a GPU, up to the code of its warps, on a machine without one.
 
 ``python launch_without_gpu.py sm_90`` runs all but the quantizers of the registry with Triton's own launcher,
-not the interpreter: it binds arguments, specialises and compiles, and stops before the launch. Prints one JSON line
-per kernel: its name, the kernels that it launched in order, and what went wrong.
+not the interpreter: it binds arguments, specialises, checks types and lays tensors out over warps,
+and stops there, since what follows is compiled at the kernels' points. Prints one JSON line per kernel: its name, the
+kernels that it launched in order, and what went wrong.
 
 Triton's driver is replaced by one that only knows an architecture.
 """
@@ -18,6 +19,7 @@ import torch
 import triton
 from tokenfab.kernels.registry import find_kernels
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
@@ -47,7 +49,7 @@ class Driver:
 
 
 class Compiling:
-    """A kernel whose launches end with compilation."""
+    """A kernel whose launches end before its code."""
 
     launched: list[str] = []  # noqa: RUF012
 
@@ -60,6 +62,13 @@ class Compiling:
             Compiling.launched.append(self._kernel.__name__)
 
         return launch
+
+
+def _no_code(self: Any, source: Any, metadata: dict[str, Any], *_: Any) -> str:
+    """In place of LLVM: what a launch reads of a kernel that has no code."""
+    sizes = dict.fromkeys(("shared", "tmem_size", "global_scratch_size", "profile_scratch_size"), 0)
+    metadata |= {**sizes, "global_scratch_align": 1, "profile_scratch_align": 1, "name": "kernel"}
+    return ""
 
 
 def shapes_of(op: str) -> list[dict[str, int]]:
@@ -82,6 +91,10 @@ def main(arch: str) -> None:
     no_gpu: Any = Driver(arch)
     driver.set_active(no_gpu)
     CompiledKernel._init_handles = lambda self: None  # the module is not loaded
+    backend: Any = CUDABackend
+    backend.make_llir = _no_code
+    backend.make_ptx = lambda *_: ""
+    backend.make_cubin = lambda *_: b""
     for name in MODULES:
         module = importlib.import_module(f"tokenfab.kernels.{name}")
         for attribute, value in list(vars(module).items()):
