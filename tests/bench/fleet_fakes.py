@@ -141,7 +141,9 @@ SLOW = 1.2
 def gpu() -> tuple[Any, Any]:
     """The GPU that Ray gave this process: number 1 is 20 % slow while the folder says so."""
     import torch
+    from tokenfab.bench import interpreter
 
+    interpreter.install()
     torch.set_num_threads(1)
     number = os.environ["CUDA_VISIBLE_DEVICES"]
     slow = number == "1" and (folder() / "slow").exists()

@@ -41,7 +41,7 @@ def report(number: int, copy: float = 1.0, matmul: float = 1.0, width: float = 0
 # -- slow GPUs -------------------------------------------------------------------------------------
 
 
-def test_one_of_two_is_20_percent_slow() -> None:
+def test_r30_one_of_two_is_20_percent_slow() -> None:
     reasons = excluded([report(0), report(1, matmul=1.2)])
     assert reasons == {
         "GPU-1": "matmul takes 240.00 us, 20.0% more than the 200.00 us of its 1 peer; margin 3.0%"
@@ -85,7 +85,7 @@ def test_a_lone_gpu_has_no_peers() -> None:
     assert excluded([report(0, 3.0)]) == {}
 
 
-def test_a_faulty_gpu_is_out_and_no_peer() -> None:
+def test_r30_a_faulty_gpu_is_out_and_no_peer() -> None:
     reasons = excluded([report(0), report(1, problem="anchor copy: check: wrong"), report(2, 1.2)])
     assert reasons["GPU-1"] == "anchor copy: check: wrong"
     assert set(reasons) == {"GPU-1", "GPU-2"}
@@ -93,7 +93,7 @@ def test_a_faulty_gpu_is_out_and_no_peer() -> None:
     assert excluded([report(0), half]) == {"GPU-1": "anchor matmul: floor"}
 
 
-def test_two_workers_on_one_gpu() -> None:
+def test_r30_two_workers_on_one_gpu() -> None:
     with pytest.raises(FleetError, match="each worker on a GPU of its own; got 2 on GPU-3"):
         excluded([report(3), report(4), report(3)])
 
@@ -102,7 +102,7 @@ def test_rays_labels_name_gpus() -> None:
     assert set(ACCELERATOR_TYPES.values()) <= set(GPUS)
 
 
-def test_another_code_is_refused() -> None:
+def test_r30_another_code_is_refused() -> None:
     check_same("tokenfab's sources", "a", "a", "node")
     with pytest.raises(FleetError, match="expected tokenfab's sources on node-7 as where the sweep was started"):
         check_same("tokenfab's sources", "a", "b", "node-7")
@@ -169,7 +169,7 @@ def test_every_item_once_in_order() -> None:
     assert alone.log == [(0, item) for item in range(10)]
 
 
-def test_a_seat_that_dies_repeats_only_the_item_in_flight() -> None:
+def test_r30_a_seat_that_dies_repeats_only_the_item_in_flight() -> None:
     bench = Bench(deaths={4: 1})
     assert bench.run(2, 20) == []
     assert all(result == f"result {item}" for item, result in bench.results.items())
@@ -179,7 +179,7 @@ def test_a_seat_that_dies_repeats_only_the_item_in_flight() -> None:
     assert len(set(seats_of_4)) == 2  # not the dead one again
 
 
-def test_an_item_that_takes_two_seats_down_is_lost_and_no_other() -> None:
+def test_r30_an_item_that_takes_two_seats_down_is_lost_and_no_other() -> None:
     bench = Bench(deaths={4: 5})
     assert bench.run(2, 20) == []
     assert bench.results[4] == Lost("died: killed")
@@ -187,7 +187,7 @@ def test_an_item_that_takes_two_seats_down_is_lost_and_no_other() -> None:
     assert all(bench.results[item] == f"result {item}" for item in range(20) if item != 4)
 
 
-def test_without_seats_the_rest_is_left() -> None:
+def test_r30_without_seats_the_rest_is_left() -> None:
     bench = Bench(deaths={3: 1}, spares=0)
     assert bench.run(1, 10) == [3, 4, 5, 6, 7, 8, 9]
     assert sorted(bench.results) == [0, 1, 2]
@@ -221,7 +221,7 @@ def test_what_is_not_allowed_is_left() -> None:
 
 
 @pytest.mark.parametrize("where", ["work", "done"])
-def test_an_error_stops_and_is_raised(where: str) -> None:
+def test_r30_an_error_stops_and_is_raised(where: str) -> None:
     bench = Bench()
 
     def broken(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -71,7 +71,7 @@ def payload(**changes: Any) -> dict[str, Any]:
         ({"python": "2.7"}, "Python"),
     ],
 )  # fmt: skip
-def test_another_compiler_is_refused(changes: dict[str, Any], what: str) -> None:
+def test_r30_another_compiler_is_refused(changes: dict[str, Any], what: str) -> None:
     with pytest.raises(FleetError, match=f"ray: expected {what} on .* as where the sweep was started"):
         compile_point(payload(**changes))
 
@@ -100,7 +100,7 @@ def test_the_drivers_variables_decide_and_its_folders_are_named(monkeypatch: pyt
     assert "package" in json.loads(zlib.decompress(packed))
 
 
-def test_a_compiling_process_whose_worker_was_killed_leaves_no_folder() -> None:
+def test_r30_a_compiling_process_whose_worker_was_killed_leaves_no_folder() -> None:
     code = (
         "import sys, time; from tokenfab.bench.inspect_child import Child\n"
         "print(Child('m')._folder, flush=True); time.sleep(60)"

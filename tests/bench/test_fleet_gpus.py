@@ -11,9 +11,10 @@ import json
 import os
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,17 +22,23 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from tokenfab.__main__ import cli
-from tokenfab.bench import fleet_ray, fleet_seat, fleet_sweep
+from tokenfab.bench import fleet_lab, fleet_ray, fleet_seat, fleet_sweep, fleet_tune, tune, tune_prune, tune_show
 from tokenfab.bench.fleet import FleetError, fingerprint
 from tokenfab.bench.fleet_ray import connect
 from tokenfab.bench.fleet_seat import Point, Seat, SeatSpec, pack, unpack
 from tokenfab.bench.fleet_sweep import Fleet, sweep_targets
 from tokenfab.bench.gpus import get_gpu
 from tokenfab.bench.judgement import judge
+from tokenfab.bench.lab_checks import CheckFile
 from tokenfab.bench.peers import ANCHORS
 from tokenfab.bench.record import decode
 from tokenfab.bench.records import RecordStore
 from tokenfab.bench.targets import Target
+from tokenfab.bench.tune import Round
+from tokenfab.bench.tune_prune import Candidate, Pruned
+from tokenfab.bench.tune_space import place_of
+from tokenfab.kernels.registry import find_kernels
+from tokenfab.kernels.tiles import Tile
 from tokenfab.tests.bench import fleet_fakes
 from tokenfab.tests.bench.fleet_cluster import cluster as start_cluster
 from tokenfab.tests.bench.fleet_cluster import within
@@ -93,7 +100,7 @@ def measured(folder: Path) -> list[tuple[str, str, int, int, float]]:
     return [tuple(line) for line in fleet_fakes.noted(folder / "measured")]
 
 
-def test_the_gpu_that_is_20_percent_slow_is_named_and_measures_nothing(
+def test_r30_the_gpu_that_is_20_percent_slow_is_named_and_measures_nothing(
     sweep: Sweep, fakes: Path, tmp_path: Path
 ) -> None:
     (fakes / "slow").touch()
@@ -119,7 +126,7 @@ def test_the_gpu_that_is_20_percent_slow_is_named_and_measures_nothing(
     assert (swept.lost, swept.left) == ([], [])
 
 
-def test_points_that_kill_their_workers_and_never_two_at_once_on_a_gpu(sweep: Sweep, fakes: Path) -> None:
+def test_r30_points_that_kill_their_workers_and_never_two_at_once_on_a_gpu(sweep: Sweep, fakes: Path) -> None:
     """80 takes one worker down and is measured by another; 128 raises, and its process is not used again."""
     for name in ("kills-80-1", "raises-128"):
         (fakes / name).touch()
@@ -157,7 +164,7 @@ def _check_alone(lines: list[tuple[str, str, int, int, float]], ends_with_its_pr
             assert running.pop(uuid) == size
 
 
-def test_a_seat_lands_on_another_model_and_says_so(cluster: Any, fakes: Path) -> None:
+def test_r30_a_seat_lands_on_another_model_and_says_so(cluster: Any, fakes: Path) -> None:
     spec = SeatSpec("h200", fingerprint(), device=fleet_fakes.GPU)
     hello = _in_this_process(spec, fakes)
     assert hello.report.problem == "model: expected h200; this is 'NVIDIA H100 80GB HBM3'"
@@ -172,10 +179,12 @@ def _in_this_process(spec: SeatSpec, fakes: Path) -> Any:
         return Seat(spec).hello()
 
 
-def test_the_command_over_two_simulated_gpus(
-    cluster: Any, fakes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """``bench --ray`` itself: targets, store, table; exit code 1 while a point has no record."""
+Invoke = Callable[..., Any]
+
+
+@pytest.fixture
+def invoke(cluster: Any, fakes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
+    """A command with ``--ray auto`` on the cluster; its JSON."""
 
     @contextmanager
     def same(address: str) -> Iterator[Any]:
@@ -184,15 +193,68 @@ def test_the_command_over_two_simulated_gpus(
 
     monkeypatch.setattr(fleet_ray, "connect", same)
     monkeypatch.setattr(fleet_sweep, "make_spec", lambda *_, **__: SPEC)
-    options = ["bench", "copy", "--ray", "auto", "--out", str(tmp_path), "--quick", "--json"]
+
+    def run(*arguments: str) -> Any:
+        result = CliRunner().invoke(cli, [*arguments, "--ray", "auto", "--out", str(tmp_path), "--json"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    return run
+
+
+def test_bench_over_two_simulated_gpus(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokenfab.bench.targets.COPY_SHAPES", ({"num_bytes": 1 << 12}, {"num_bytes": 1 << 13}))
     monkeypatch.setattr("tokenfab.bench.summaries.QUICK", fleet_fakes.FAST)
-    result = CliRunner().invoke(cli, options)
-    assert result.exit_code == 0, result.output
-    rows = json.loads(result.stdout)
+    rows = invoke("bench", "copy", "--quick")
     assert [(row["num_bytes"], row["num_processes"]) for row in rows] == [(1 << 12, 1), (1 << 13, 1)]
     assert {row["time_s"] for row in rows} == {fleet_fakes.CALL_S}
     assert len((tmp_path / "quick" / "h100.jsonl").read_text().splitlines()) == 2
+
+
+def test_tune_over_two_simulated_gpus(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only compiling is left out. Every tile takes the same time here: none is adopted over its default."""
+    kernel = find_kernels("gemm", ["fp8_block"])[0]
+    shapes = [(("m", 4), ("n", 128), ("k", 256)), (("m", 4), ("n", 256), ("k", 256))]
+    tiles: dict[int, set[Tile]] = {}
+
+    def prune(target: Target, *_: Any, **__: Any) -> Pruned:
+        place = place_of(kernel, target.shape, "sm_90")
+        tiles[target.shape["n"]] = {place.default, dataclasses.replace(place.default, block_n=64)}
+        found = [Candidate(tile, (), 1e-6, 1e-6, 1e-6, 1, 1, 1.0, 1) for tile in tiles[target.shape["n"]]]
+        return Pruned(target, place, tuple(found), ())
+
+    rounds = (Round("first", fleet_fakes.FAST, 1.0), Round("final", fleet_fakes.FAST, 1.0))
+    monkeypatch.setattr(tune_prune, "prune", prune)
+    monkeypatch.setattr(tune_show, "pruned_dict", lambda each: {})
+    monkeypatch.setattr(tune, "ROUNDS", rounds)
+    monkeypatch.setattr(fleet_tune, "tune_on", partial(fleet_tune.tune_on, rounds=rounds))
+    given = [part for shape in shapes for part in ("--shape", ",".join(f"{name}={size}" for name, size in shape))]
+    rows = invoke("tune", "gemm", "--format", "fp8_block", *given, "--gpu", "h100")["targets"]
+    assert [row["adopted"] for row in rows] == [None, None]
+    records = list(RecordStore(tmp_path, "h100-tune.jsonl").records())
+    assert {record.environment.uuid for record in records} == {"GPU-0", "GPU-1"}
+    for n, both in tiles.items():
+        found = [record for record in records if record.point.shape["n"] == n]
+        assert len({record.environment.uuid for record in found}) == 1, "one target, one GPU at a time"
+        assert all(record.time_s == fleet_fakes.CALL_S for record in found)
+        launched = {record.point.tile["block_n"] for record in found}
+        assert launched == {tile.block_n for tile in both}
+        assert len(launched) == 2
+
+
+def test_the_lab_over_two_simulated_gpus(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (kernel,) = find_kernels("quantize", ["fp8_row"])
+    monkeypatch.setattr("tokenfab.bench.targets.find_targets", lambda *_, **__: targets(SIZES[:3]))
+    monkeypatch.setattr(fleet_lab, "kernels_of", lambda gpu: [kernel])
+    monkeypatch.setattr(fleet_lab, "MODEST_SHAPES", {"quantize": ({"rows": 5, "columns": 256},)})
+    monkeypatch.setattr(fleet_lab, "REPEATS", 2)
+    monkeypatch.setattr(fleet_lab, "run_lab", partial(fleet_lab.run_lab, settings=fleet_fakes.FAST))
+    invoke("lab", "--stage", "check,measure", "--minutes", "5")
+    (check,) = CheckFile(tmp_path / "checks" / "h100.ndjson").read()
+    assert (check.kernel, check.problems, check.skipped) == (kernel.name, (), "")
+    records = list(RecordStore(tmp_path, "h100.jsonl").records())
+    assert Counter(record.point.shape["n"] for record in records) == dict.fromkeys(SIZES[:3], 3)
+    assert len({record.process for record in records}) >= 3, "each pass is another process on each GPU"
 
 
 # -- a seat, without a cluster ---------------------------------------------------------------------
@@ -222,12 +284,12 @@ def test_a_small_record_fits_into_rays_message(seat: Seat) -> None:
     assert len(packed) < 100_000 / 20  # 20 blocks here, 1000 at most
 
 
-def test_another_code_measures_nothing() -> None:
+def test_r30_another_code_measures_nothing() -> None:
     with pytest.raises(FleetError, match="expected tokenfab's sources on"):
         Seat(dataclasses.replace(SPEC, fingerprint="0" * 64)).hello()
 
 
-def test_a_wrong_anchor_excludes_its_gpu(seat: Seat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_r30_a_wrong_anchor_excludes_its_gpu(seat: Seat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Seat, "_anchor", lambda *_: fleet_fakes._raise(MemoryError("no memory")))
     report = seat.hello().report
     assert (report.anchors, report.problem) == ((), "anchor copy/bf16-bf16@torch.copy_: no memory")

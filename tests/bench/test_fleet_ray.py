@@ -64,7 +64,7 @@ def on_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict
         return fleet_driver.as_rows(inspect(fleet_fakes.points(COUNT), ["sm_90"], cache_dir=tmp_path / "one"))
 
 
-def test_a_node_and_then_the_driver_are_killed_and_nothing_is_lost(
+def test_r30_a_node_and_then_the_driver_are_killed_and_nothing_is_lost(
     tmp_path: Path, on_one_process: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """240 points on two nodes. Each node has one CPU, so one point of the killed node is in flight and is begun again;
@@ -193,7 +193,7 @@ def test_gpus_of_a_mixed_cluster() -> None:
     assert list(few._kinds("h100").values()) == [3]  # a CPU for each
 
 
-def test_a_lost_answer_is_a_failure() -> None:
+def test_r30_a_lost_answer_is_a_failure() -> None:
     def spread(function: str, jobs: Any) -> Any:
         yield jobs[0], Lost("died: twice")
 
@@ -230,7 +230,7 @@ def test_one_module_imports_ray() -> None:
     assert found == {"bench/fleet_ray.py"}
 
 
-def test_no_cluster_at_an_address() -> None:
+def test_r30_no_cluster_at_an_address() -> None:
     pytest.importorskip("ray", reason="needs the extra: pip install '.[ray]'")
     with pytest.raises(FleetError, match=r"ray: expected a cluster at '127\.0\.0\.1'"), connect("127.0.0.1"):
         pass

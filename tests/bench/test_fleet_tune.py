@@ -49,7 +49,7 @@ def test_a_slow_gpu_keeps_its_process_and_measures_nothing() -> None:
     assert gpus.busy == set()
 
 
-def test_a_gpu_that_comes_back_slow_is_excluded_then() -> None:
+def test_r30_a_gpu_that_comes_back_slow_is_excluded_then() -> None:
     gpus = Gpus(count=3)
     with fleet_of(gpus) as fleet:
         fleet.open()
@@ -65,7 +65,7 @@ def test_a_gpu_that_comes_back_slow_is_excluded_then() -> None:
         assert on(fleet) == ["GPU-0", "GPU-1"]
 
 
-def test_without_a_gpu_to_measure_on() -> None:
+def test_r30_without_a_gpu_to_measure_on() -> None:
     with fleet_of(Gpus(count=0)) as fleet, pytest.raises(FleetError, match="expected a h100 that is free"):
         fleet.open()
     with fleet_of(Gpus(faulty={"GPU-0", "GPU-1"})) as fleet:
@@ -143,7 +143,7 @@ def test_the_same_tile_as_on_one_machine(tmp_path: Path) -> None:
     assert gpus.busy == set(), "every GPU is given back"
 
 
-def test_tiles_that_kill_or_raise_are_out_and_cost_no_other_twice(tmp_path: Path) -> None:
+def test_r30_tiles_that_kill_or_raise_are_out_and_cost_no_other_twice(tmp_path: Path) -> None:
     tiles = Tiles(planted(TILES[11]), raising=frozenset([TILES[3]]), killing=frozenset([TILES[7]]))
     trials, _, missing = tuned(tmp_path, tiles)
     assert (decide(trials).adopted, missing) == (TILES[11], 0)
@@ -153,7 +153,7 @@ def test_tiles_that_kill_or_raise_are_out_and_cost_no_other_twice(tmp_path: Path
     assert not trials.records(TILES[7], ROUNDS[0])
 
 
-def test_a_search_whose_driver_was_killed_goes_on(tmp_path: Path) -> None:
+def test_r30_a_search_whose_driver_was_killed_goes_on(tmp_path: Path) -> None:
     first, second = Tiles(planted(TILES[11]), dies_after=20), Tiles(planted(TILES[11]))
     with pytest.raises(KeyboardInterrupt):
         tuned(tmp_path, first)
