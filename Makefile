@@ -2,6 +2,8 @@
 # make test   lint, import contract, types, tests, and the kernels' tests once more with the oldest Triton
 # make gpu    on a machine with a GPU, torch and Triton: the kernels' tests there (gpu-test), then `tokenfab lab` for
 #             MINUTES into bench/recorded (gpu-lab)
+# make gpu-many   on a machine with several GPUs: the step over GPUS ranks of each of MODELS held to one rank's, then
+#             measured into bench/recorded; with Ray installed, a sweep over Ray held to a plain one
 # make gpu-deps   what `make gpu` needs beside them (NumPy comes with torch), into build/gpu-deps, to carry to a machine without a network
 #
 # PYTHON=python3.12   the interpreter that makes the environment
@@ -18,7 +20,7 @@ OLDEST_VENV := $(VENV)-oldest-triton
 # One worker per core; a benchmark wants the machine to itself
 PARALLEL := -n auto --dist worksteal
 
-.PHONY: run test test-oldest gpu gpu-test gpu-lab gpu-deps
+.PHONY: run test test-oldest gpu gpu-test gpu-lab gpu-many gpu-deps
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.tokenfab-run
@@ -54,6 +56,17 @@ gpu-test:
 gpu-lab:
 	mkdir -p build/typing && ln -sfn $(CURDIR) build/typing/tokenfab
 	$(ON_GPU) -m tokenfab lab --minutes $(MINUTES) --out bench/recorded
+
+GPUS ?= 2
+MODELS ?= deepseek-v3 qwen3-30b-a3b gpt-oss-120b
+RANKS := -m torch.distributed.run --standalone --nproc-per-node $(GPUS) -m tokenfab ranks
+
+gpu-many:
+	mkdir -p build/typing && ln -sfn $(CURDIR) build/typing/tokenfab
+	set -e; for model in $(MODELS); do \
+	  $(ON_GPU) $(RANKS) $$model --check; $(ON_GPU) $(RANKS) $$model --out bench/recorded; \
+	done
+	$(ON_GPU) -m pytest tests/bench/test_fleet_gpus.py -k medians_of_a_plain -p no:cacheprovider
 
 gpu-deps:
 	$(PYTHON) -m pip install --quiet --upgrade --target build/gpu-deps --python-version $(GPU_PYTHON_VERSION) \
