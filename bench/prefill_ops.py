@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass
 
 from ..kernels.formats import get_format
+from .arrays import largest, smallest
 from .gpus import Gpu
 from .ops import ExpertAllToAll, Experts, Module, Op, index_key_bytes
 
@@ -26,9 +27,8 @@ def causal_pairs(new_tokens: int, cached_tokens: int = 0, window: int | None = N
     """Query-key pairs of ``new_tokens`` queries behind ``cached_tokens``, each seeing its last ``window`` tokens."""
 
     def up_to(tokens: int) -> float:
-        if window is None or tokens <= window:
-            return tokens * (tokens + 1) / 2
-        return window * (window + 1) / 2 + (tokens - window) * window
+        growing = tokens if window is None else smallest(tokens, window)
+        return growing * (growing + 1) / 2 + (tokens - growing) * (window or 0)
 
     return up_to(cached_tokens + new_tokens) - up_to(cached_tokens)
 
@@ -278,4 +278,4 @@ class ContextAllToAll(ExpertAllToAll):
         up = self.sent_bytes * (inside - 1) / self.ep / gpu.link_bytes_per_s
         copies = self._reached(domains) * (domains - 1) / domains
         out = self.num_tokens * self.token_bytes * copies / gpu.scale_out_bytes_per_s
-        return max(up, out)
+        return largest(up, out)

@@ -33,7 +33,7 @@ from tokenfab.kernels.compile_point import only, tasks_of
 from tokenfab.kernels.registry import find_points
 
 ROOT = Path(__file__).resolve().parents[2]
-SAMPLE = 24
+SAMPLE = 40
 GATE = ("gate", "inspection", "baseline.json", "--op", "gemm", "--format", "fp8-fp8,mxfp4-bf16", "--arch", "sm_90")
 
 
