@@ -94,15 +94,15 @@ def models(precisions: bool, as_json: bool) -> None:
     """
     from .bench.deployment import PRECISIONS
     from .bench.models import load_model, shipped_models
-    from .costing import tables
+    from .costing import lists
     from .costing.document import model_dict
 
     if precisions:
         rows = list(PRECISIONS.values())
-        show(as_json, lambda: [asdict(row) for row in rows], lambda: tables.precisions_table(rows))
+        show(as_json, lambda: [asdict(row) for row in rows], lambda: lists.precisions_table(rows))
         return
     found = [load_model(name) for name in shipped_models()]
-    show(as_json, lambda: [model_dict(model) for model in found], lambda: tables.models_table(found))
+    show(as_json, lambda: [model_dict(model) for model in found], lambda: lists.models_table(found))
 
 
 @cli.command()
@@ -110,7 +110,7 @@ def models(precisions: bool, as_json: bool) -> None:
 def gpus(as_json: bool) -> None:
     """The known GPUs: datasheet peaks, memory, links, and where each row is from."""
     from .bench.gpus import GPUS
-    from .costing.tables import gpus_table
+    from .costing.lists import gpus_table
 
     rows = list(GPUS.values())
     show(as_json, lambda: [asdict(row) for row in rows], lambda: gpus_table(rows))
@@ -122,8 +122,8 @@ def gpus(as_json: bool) -> None:
 @json_option
 def prices(gpu: str | None, price_file: Path | None, as_json: bool) -> None:
     """The price book: $/GPU-hour and kW by tier, each with date and source."""
+    from .costing.lists import prices_table
     from .costing.prices import PriceBook
-    from .costing.tables import prices_table
 
     rows = PriceBook.read(price_file).of(gpu)
     show(as_json, lambda: [asdict(row) for row in rows], lambda: prices_table(rows))

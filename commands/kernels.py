@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..bench.peers import COPY
 from ..kernels.registry import OPS
 from .fleet import FleetProgress, bench_on_ray, compiling, ray_option
 from .shared import Progress as _Progress
@@ -25,6 +24,10 @@ if TYPE_CHECKING:
 format_option = comma(
     "--format", "formats", "WEIGHT-ACTIVATION (mxfp4-bf16), a weight format (mxfp4), or of a quantizer its result's."
 )
+
+
+_COPY = "copy"
+"""The op of ``bench.peers.COPY``, whose module is not imported for a help text."""
 
 
 def _op_argument(ops: Sequence[str]) -> Any:
@@ -87,7 +90,7 @@ def inspect(
 
 
 @click.command()
-@_op_argument((*OPS, COPY.op))
+@_op_argument((*OPS, _COPY))
 @comma("--model", "models", "Whose shapes; see `tokenfab models`.", default="deepseek-v3,qwen3-30b-a3b,gpt-oss-120b",
        show_default=True)  # fmt: skip
 @format_option
@@ -262,7 +265,7 @@ def _absent(op: str | None, formats: list[str] | None, row: Gpu) -> list[str]:
     """Libraries that are not measured here, and why."""
     from ..bench.targets import absent_peers
 
-    return [] if op == COPY.op else [f"not here: {name}: {why}" for name, why in absent_peers(op, formats, row).items()]
+    return [] if op == _COPY else [f"not here: {name}: {why}" for name, why in absent_peers(op, formats, row).items()]
 
 
 def _show_beside(title: str, row: Gpu, found: Sequence[Summary], models: Sequence[str], as_json: bool) -> None:

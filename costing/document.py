@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..bench.decode_plan import OMITTED
 from ..bench.model_config import ModelConfig
-from .cost import OpCost, StepCost
-from .levers.common_draws import CommonDraws
-from .sweep import Skipped
+
+if TYPE_CHECKING:
+    from .cost import OpCost, StepCost
+    from .levers.common_draws import CommonDraws
+    from .sweep import Skipped
 
 SCHEMA_VERSION = 1
 

@@ -11,7 +11,7 @@ from tokenfab.tests.commands.test_compare_commands import write
 
 BLOCKED = """
 import sys
-for name in ("torch", "triton"):
+for name in sys.argv.pop(1).split(","):
     sys.modules[name] = None
 from tokenfab.__main__ import cli
 cli.main(sys.argv[1:], prog_name="tokenfab")
@@ -35,7 +35,17 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_commands_run_without_torch(command: str, records: Path) -> None:
-    arguments = command.replace("FOLDER", str(records.parent)).split()
-    done = subprocess.run([sys.executable, "-c", BLOCKED, *arguments], capture_output=True, text=True, check=False)
+    runs_without("torch,triton", command.replace("FOLDER", str(records.parent)))
+
+
+@pytest.mark.parametrize("command", ["models", "models --precisions", "gpus", "prices", "--help", "bench --help"])
+def test_lists_and_help_wait_for_no_numpy(command: str) -> None:
+    """A quarter of a second, which a shell's user would feel."""
+    runs_without("torch,triton,numpy,pyarrow", command)
+
+
+def runs_without(modules: str, command: str) -> None:
+    arguments = [sys.executable, "-c", BLOCKED, modules, *command.split()]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip()
