@@ -141,6 +141,12 @@ def throttled_sums(group: RankGroup) -> bool:
     )
 
 
+def throttled_by_any(group: RankGroup) -> bool:
+    """Each rank's clocks are held down by another cause: both are said on both."""
+    clock = RankClock(group.rank, bits=1 << group.rank)
+    return RankDevice(clock, group).state().throttle_bits == 0b11
+
+
 def _refuses(group: RankGroup, clock: RankClock, message: str) -> bool:
     try:
         check_alike(group, clock.properties)
@@ -153,6 +159,7 @@ CASES: dict[str, Callable[[RankGroup], bool]] = {
     "a step and its ops on the slowest rank": slowest_rank,
     "a rank that is wrong": wrong,
     "a step of sums, one rank throttled": throttled_sums,
+    "throttled by what holds any rank down": throttled_by_any,
     "two ranks on one GPU": lambda group: _refuses(
         group, RankClock(7), "GPU: expected one for each rank; got GPU-7 on 2 ranks"
     ),

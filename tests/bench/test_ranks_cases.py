@@ -34,6 +34,7 @@ NAMES = {
         "a step and its ops on the slowest rank",
         "a rank that is wrong",
         "a step of sums, one rank throttled",
+        "throttled by what holds any rank down",
         "two ranks on one GPU",
         "GPUs of two kinds",
     ),
