@@ -6,12 +6,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenfab.bench.gpus import get_gpu
 from tokenfab.bench.ops import Collective, ExpertAllToAll, Experts, Gemm, MlaAttention, Op, PagedAttention, Streaming
 from tokenfab.bench.published import INTERPOLATED, MEASURED, MODELLED, PublishedData, PublishedDataError, model_timing
 from tokenfab.bench.published_check import check_tables
 from tokenfab.bench.published_inventory import inventory, op_timings, parse_op
+from tokenfab.bench.published_rows import Rows
+from tokenfab.bench.published_tables import MOE
 
 FP8 = ("fp8_block", "fp8_group")
 H100 = get_gpu("h100")
@@ -308,3 +311,20 @@ def test_interpolation_meets_its_aim_on_one_gpu(published: PublishedData) -> Non
     assert len(errors) > 15
     assert all(median <= 0.05 for median in medians)
     assert sum(error.p95 <= 0.20 for error in errors) >= 0.75 * len(errors)
+
+
+def test_rows_are_found_alike_by_scanning_and_by_sorting(published: PublishedData) -> None:
+    """Files are sorted only once they were asked for several keys."""
+    path = next(path for _, path in published.files(H100, published.stack(H100, "sglang"), MOE))
+    scanning, sorting = Rows(path, MOE), Rows(path, MOE)
+    assert len(scanning.keys) > 20
+    found = 0
+    for key in scanning.keys:
+        scanning._num_scans, sorting._num_scans = 0, 1000
+        scanned, by_order = scanning.grid(key), sorting.grid(key)
+        assert scanned is not None
+        assert by_order is not None
+        for one, other in zip((*scanned.axes, scanned.time_s), (*by_order.axes, by_order.time_s), strict=True):
+            np.testing.assert_array_equal(one, other)
+        found += int(np.isfinite(scanned.time_s).sum())
+    assert 0 < found <= scanning.num_rows
