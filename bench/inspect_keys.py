@@ -42,17 +42,21 @@ def digests(tasks: Iterable[Task]) -> Digests:
     """The digest of every (point, architecture) whose kernel can be imported.
 
     Raises:
-        RuntimeError: the process that reads the sources failed.
+        RuntimeError: the process that reads the sources failed, or gave no answer in time.
     """
     tasks = list(tasks)
     names = sorted({(point.module, point.function) for point, _ in tasks})
     with tempfile.TemporaryDirectory(prefix="tokenfab-keys-") as folder:
-        done = subprocess.run(
-            child_command("inspect_keys"), input=json.dumps(names), capture_output=True, text=True, cwd=folder,
-            env=child_environment(folder), timeout=CHILD_TIMEOUT_S, check=False,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                child_command("inspect_keys"), input=json.dumps(names), capture_output=True, text=True, cwd=folder,
+                env=child_environment(folder), timeout=CHILD_TIMEOUT_S, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"sources of kernels: expected them read within {CHILD_TIMEOUT_S:g} s") from None
     if done.returncode:
-        raise RuntimeError(f"inspect_keys: exited with {done.returncode}: {done.stderr.strip()[-500:]}")
+        got = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        raise RuntimeError(f"sources of kernels: expected them read; the process exited with {done.returncode}: {got}")
     keys = dict(zip(names, json.loads(done.stdout.splitlines()[-1]), strict=True))
     common = {"environment": compiler_environment(), "readers": _readers_hash()}
     found: Digests = {}

@@ -252,14 +252,18 @@ def inspection(
     found, same = [], {}
     if not rows:
         tasks = tasks_of(points, archs)
-        same = unchanged(known, tools, tasks) if changed and known else {}
+        try:
+            same = unchanged(known, tools, tasks) if changed and known else {}
+            made = digests(tasks) if write else {}
+        except RuntimeError as error:
+            raise UserError(str(error)) from error
         with Progress("compiling", quiet=as_json) as progress:
             found = inspect_points(
                 only((point, arch) for point, arch in tasks if (point.name, arch) not in same), archs, jobs=jobs,
                 progress=lambda done, total, each: progress.update(done, total, each.point.name),
             )  # fmt: skip
         if write:
-            write_baseline(path, baseline_of(found, tools, known, digests(tasks)))
+            write_baseline(path, baseline_of(found, tools, known, made))
             click.echo(f"baseline: {path}, {len(found)} points written", err=as_json)
             return
         assert known is not None

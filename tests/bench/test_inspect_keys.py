@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from tokenfab.__main__ import cli
 from tokenfab.bench import inspect_keys
 from tokenfab.bench.inspect_gate import Baseline, Facts, unchanged
 from tokenfab.bench.inspect_keys import digests
@@ -126,3 +129,13 @@ def test_what_is_unchanged(point: CompilePoint) -> None:
     tasks = [(point, "sm_90"), (point, "sm_100")]
     assert unchanged(baseline, tools, tasks) == {("keyed", "sm_90"): facts}
     assert unchanged(baseline, {"triton": "4"}, tasks) == {}
+
+
+def test_what_cannot_be_read_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect_keys, "child_command", lambda _: [sys.executable, "-c", "raise SystemExit('no disk')"])
+    result = CliRunner().invoke(cli, ["gate", "inspection", "--changed", "--op", "quantize", "--arch", "sm_90"])
+    expected = "error: sources of kernels: expected them read; the process exited with 1: no disk"
+    assert (result.exit_code, result.output.strip()) == (2, expected)
+    result = CliRunner().invoke(cli, ["gate", "inspection", "--changed", "--write"])
+    assert result.exit_code == 2
+    assert "--changed: expected without --write" in result.output
